@@ -1,0 +1,109 @@
+"""How much sooner does gpt.py reach the loss that nanoGPT's published laptop settings end with?
+
+    python benchmarks/time_to_loss.py --input FILE [--seeds 3]
+
+Peer: a plain loop with those settings: 4 layers, 4 heads, 128 wide, context 64, batch 12, no dropout, GELU, LayerNorm
+without biases, tied head, scaled_dot_product_attention, fused AdamW (0.9, 0.99), float32, 1e-3 to 1e-4 (cosine, warm-up
+100), weight decay 0.1, clip 1.0, 2,000 steps. Its full-validation loss at the end is the target.
+Ours: gpt.py's own model and Trainer with OURS, no more than 5 % more parameters, the same text and split; the time until
+its full-validation loss is at or under the target. Both are validated on the same characters in consecutive windows, each
+with its own context. Training time only, in turn, medians over the seeds.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gpt  # noqa: E402
+
+# What ours runs with; max_iters is the length that its schedule is planned for.
+OURS = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=16, max_iters=320, learning_rate=5e-3)
+
+
+class PeerBlock(nn.Module):
+    """A pre-norm GPT-2 block."""
+
+    def __init__(self, width=128, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.ln1, self.ln2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x):
+        """Shape in and out: (B, T, C)."""
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.heads, -1).transpose(1, 2) for part in self.qkv(self.ln1(x)).split(C, dim=2))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(out.transpose(1, 2).reshape(B, T, C))
+        return x + self.down(F.gelu(self.up(self.ln2(x))))
+
+
+class Peer(nn.Module):
+    """The model of the peer: learned positions, head tied to the embedding."""
+
+    def __init__(self, vocab_size, width=128, layers=4, context=64):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocab_size, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(PeerBlock(width) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width, bias=False), nn.Linear(width, vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                residual = name.endswith(("proj.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+        self.tokens.weight = self.head.weight
+
+    def forward(self, idx, targets):
+        """Mean loss in nats per token."""
+        x = self.tokens(idx) + self.positions.weight[:idx.size(1)]
+        return F.cross_entropy(self.head(self.norm(self.blocks(x))).flatten(0, 1), targets.flatten())
+
+
+def train_peer(train_ids, vocab_size, seed, steps=2000, batch=12, context=64):
+    """(model, training seconds) of the peer."""
+    torch.manual_seed(seed)
+    model = Peer(vocab_size)
+    decay = [p for p in model.parameters() if p.ndim == 2]
+    other = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=other, weight_decay=0.0)],
+                                  lr=1e-3, betas=(0.9, 0.99), fused=True)
+    ids, began = train_ids.long(), time.perf_counter()
+    for step in range(steps):
+        rate = 1e-3 * (step + 1) / 101 if step < 100 else 1e-4 + 4.5e-4 * (1 + math.cos(math.pi * (step - 100) / (steps - 100)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        starts = torch.randint(len(ids) - context, (batch,))
+        rows = ids[starts[:, None] + torch.arange(context + 1)]
+        loss = model(rows[:, :-1], rows[:, 1:])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model, time.perf_counter() - began
+
+
+def train_ours(train_ids, val_ids, tokenizer, seed, options):
+    """(parameters, final full-validation loss, training seconds) of gpt.py's own model and loop."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = dict(options, seed=seed, run_dir=folder, eval_interval=options["max_iters"], sample_interval=0, size="tiny")
+        device = torch.device("cpu")
+        config = gpt.make_config(given, device, None)
+        torch.manual_seed(seed)
+        model = gpt.GPTLanguageModel(gpt.GPTConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head,
+                                                   config.n_embd, config.dropout, config.recipe == "modern"))
+        trainer = gpt.Trainer(config, model, tokenizer, train_ids, val_ids, "", gpt.pick_dtype(config.dtype, device))
+        trainer.say = lambda text: None
+        trainer.fit()
+        return trainer.summary()["params"], trainer.now["history"][-1]["val_loss"], trainer.now["seconds"]

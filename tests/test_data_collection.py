@@ -1,0 +1,808 @@
+"""Tests of the collector: pytest tests/test_data_collection.py -m "not slow"   (without -m: about six minutes).
+
+The real lyricsgenius client talks to the server of fake_genius.py; every line of lyrics here is invented.
+"""
+
+import ast
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import types
+from pathlib import Path
+
+import fake_genius
+import pytest
+from fake_genius import PASSING_FAULTS, ROOT, TOKEN, FakeGenius, invented
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data_collection as dc
+
+SEPARATOR = "\n<|endoftext|>\n"
+CORPUS, CACHE = Path("assets/input/tede.txt"), Path("assets/input/.genius/7")
+
+
+@pytest.fixture
+def genius(tmp_path, monkeypatch):
+    """A server with the artist Tede (id 7) behind another one; the collector works in an empty folder."""
+    server = FakeGenius()
+    server.add_artist(3, "Tedeusz")
+    server.add_artist(7, "Tede")
+    fake_genius.point_at(server.url, monkeypatch.setattr)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GENIUS_ACCESS_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield server
+    server.close()
+
+
+def run(*argv):
+    """The collector in this process, without delay."""
+    return dc.main(["--delay", "0", *map(str, argv)])
+
+
+def fail(capsys, status, *argv):
+    """Run the collector, which must end with this status; returns what it printed on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    assert stop.value.code == status
+    return capsys.readouterr().err
+
+
+def process(server, *argv, **env):
+    """The collector in a process of its own."""
+    command = [sys.executable, str(ROOT / "tests" / "fake_genius.py"), server.url, "--delay", "0", *map(str, argv)]
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **env}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+
+
+def files(folder="."):
+    """Every file below a folder."""
+    return sorted(path for path in Path(folder).rglob("*") if path.is_file())
+
+
+def corpus():
+    """The songs of the corpus."""
+    return CORPUS.read_text(encoding="utf-8").removesuffix("\n").split(SEPARATOR)
+
+
+def log(line):
+    """Keep a figure of a slow test."""
+    folder = ROOT / "benchmarks" / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "collector_slow.log", "a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M')} {line}\n")
+
+
+# ---------- The whole way ----------
+def test_a_discography_becomes_a_corpus(genius, capsys):
+    for i in range(60):  # two pages; sorted by title downwards, so not by id
+        genius.add_song(7, 500 - i)
+    report = run("--artist", "TEDE")
+    songs = corpus()
+    assert report["songs"] == len(songs) == 60 and report["artist_id"] == 7
+    assert songs == [dc.clean(invented(i))[0] for i in range(441, 501)]  # both page forms give the same text
+    data = CORPUS.read_bytes()
+    assert b"\r" not in data and data.endswith(b"\n") and len(data.decode()) == report["characters"]
+    assert json.loads(CORPUS.with_suffix(".report.json").read_text()) == json.loads(json.dumps(report))
+    out = capsys.readouterr()
+    assert "python gpt.py --input assets/input/tede.txt" in out.out and "60 songs" in out.out
+    assert "60/60" in out.err and "Utwór" in out.err  # the progress bar with titles
+    assert len(genius.page_requests()) == 60 and genius.counts.total() == 60 + 2 + 1
+
+
+def test_the_list_is_read_to_the_fortieth_page(genius):
+    for i in range(1, 1952):
+        genius.add_song(7, i, lyrics_state="complete" if i in (1, 1951) else "unreleased")
+    report = run()
+    assert report["songs"] == 2 and report["excluded"] == {"lyrics not complete": 1949}
+    assert sum("/songs?" in path for path in genius.counts) == 40
+
+
+def test_stanzas_stay_apart_and_containers_do_not_glue(genius):
+    genius.add_song(7, 2, lyrics="Raz\nDwa\n\nTrzy\n\nCztery", form="containers")
+    genius.add_song(7, 3, lyrics="Ara\nBara\n\nCara\n\nDara", form="state")
+    box = '<div data-lyrics-container="true">{}</div>'
+    page = box.format("Noc<br/>Dzień<br/>") + "<p>x</p>" + box.format("Zmierzch") + box.format("Świt") + "<![x]></html>"
+    genius.add_song(7, 4, lyrics=page, form="raw")
+    run()
+    assert corpus() == ["Raz\nDwa\n\nTrzy\n\nCztery", "Ara\nBara\n\nCara\n\nDara", "Noc\nDzień\nZmierzch\nŚwit"]
+
+
+def test_the_same_songs_give_the_same_bytes(genius, capsys):
+    for i in random.Random(1).sample(range(1000), 12):
+        genius.add_song(7, i)
+    run()
+    first = CORPUS.read_bytes(), CORPUS.with_suffix(".report.json").read_bytes()
+    genius.lists[7].reverse()
+    run()
+    assert (CORPUS.read_bytes(), CORPUS.with_suffix(".report.json").read_bytes()) == first
+    assert max(genius.page_requests().values()) == 1 and "moved" not in capsys.readouterr().out
+
+
+def test_a_finished_run_looks_for_new_songs(genius):
+    genius.add_song(7, 1)
+    run()
+    genius.add_song(7, 2)
+    assert run()["songs"] == 2 and max(genius.page_requests().values()) == 1
+
+
+# ---------- Which artist ----------
+@pytest.mark.parametrize(
+    "asked, name",
+    [("sokol", "Sokół"), ("O.S.T.R.", "OSTR"), ("ŁONA", "Łona"), ("zażółć gęślą", "Zazolc Gesla"), ("Jay-Z", "JayZ"),
+     ("\u200bTede", "Tede"), ("ten typ  mes", "Ten Typ Mes"), ("!!!", "!!!"), ("Nosówska", "Nośowska")],
+)  # fmt: skip
+def test_names_match_without_case_diacritics_punctuation(asked, name):
+    assert dc.normalized(asked) == dc.normalized(name)
+
+
+@pytest.mark.parametrize("asked, name", [("Tede", "Tedeusz"), ("Te de", "Tede"), ("!!!", "???"), ("A$AP", "AAP")])
+def test_other_names_do_not_match(asked, name):
+    assert dc.normalized(asked) != dc.normalized(name)
+
+
+def test_an_artist_with_diacritics_names_the_file(genius):
+    genius.add_artist(9, "Żółć & Kłącze")
+    genius.add_song(9, 1)
+    assert run("--artist", "ZOLC & KLACZE")["output"] == str(Path("assets/input/zolc_klacze.txt"))
+
+
+def test_a_wrong_artist_stops_with_the_candidates(genius, capsys):
+    error = fail(capsys, 2, "--artist", "Tedeus")
+    assert error.startswith("error: no artists are named") and "\n  3 Tedeusz\n  7 Tede\n" in error
+    assert "python data_collection.py --artist_id 3" in error and not files()
+    genius.add_artist(8, "TĘDE")
+    error = fail(capsys, 2, "--artist", "Tede")
+    assert "2 artists" in error and "  7 Tede\n  8 TĘDE\n" in error and "Tedeusz" not in error and not files()
+    genius.artists.clear()
+    assert "check the spelling" in fail(capsys, 2, "--artist", "Nikt")
+
+
+def test_the_right_artist_may_be_on_the_second_page_of_the_search(genius):
+    for i in range(100, 106):
+        genius.add_artist(i, f"Inny {i}")
+    genius.add_artist(200, "Daleki")
+    genius.add_song(200, 1)
+    assert run("--artist", "daleki")["artist_id"] == 200
+
+
+def test_an_id_chooses_the_artist(genius, capsys):
+    genius.add_song(3, 1)
+    assert run("--artist_id", 3)["artist"] == "Tedeusz"
+    assert "no artist with this id" in fail(capsys, 2, "--artist_id", 99)
+    assert not Path("assets/input/.genius/99").exists()
+
+
+# ---------- Which songs ----------
+def test_what_is_left_out_is_counted_by_reason(genius):
+    genius.add_artist(5, "Genius English Translations")
+    titles = {1: "Zwykły", 2: "Wspólny", 3: "Gościnny", 4: "Zwykły (English Translation)", 5: "Płyta [Tracklist]",
+              6: "Bez słów (Instrumental)", 7: "Credits", 8: "Płyta (Credits)", 9: "Mój album artysty",
+              10: "Rozmowa [Wywiad]"}  # fmt: skip
+    people = {2: [3, 7], 3: [3], 4: [5]}
+    for i, title in titles.items():
+        genius.add_song(7, i, title, primary=people.get(i, [7]), featured_artists=[{"id": 7, "name": "Tede"}])
+    genius.add_song(7, 11, instrumental=True)
+    genius.add_song(7, 12, lyrics_state="unreleased")
+    genius.lists[7].append(genius.lists[7][0])
+    genius.add_song(7, 13, lyrics="")
+    genius.add_song(7, 14, lyrics="", form="containers")
+    genius.add_song(7, 15, lyrics="[Instrumental]")
+    genius.add_song(7, 16, lyrics="This song is an Instrumental.")
+    genius.add_song(7, 17, lyrics=invented(1).upper() + "!")
+    del genius.lists[7][1]["primary_artist"]["id"]
+    report = run()
+    left = {"translations": 1, "annotation pages": 3, "instrumentals": 3, "features": 1, "listed twice": 1,
+            "lyrics not complete": 1, "no lyrics": 3, "repeated songs": 1}  # fmt: skip
+    assert report["excluded"] == left and report["songs"] == 4 and report["repeats"] == {17: 1}
+    report = run("--include_features", "--keep_headers")
+    assert report["songs"] == 5 and "features" not in report["excluded"] and "[Refren 2]" in CORPUS.read_text()
+    assert report["excluded"]["instrumentals"] == 4 and report["excluded"]["no lyrics"] == 2
+
+
+def test_versions_all_or_first_and_max_songs(genius):
+    titles = ["Intro", "Intro", "Noc", "Noc (DJ Kot Remix)", "Noc - Live", "Noc [Na żywo]", "Dzień (Remix)",
+              "Live is życie", "Edit"]  # fmt: skip
+    for i, title in enumerate(titles):
+        genius.add_song(7, i + 1, title)
+    assert run()["songs"] == 9
+    report = run("--versions", "first")
+    assert report["songs"] == 6 and report["excluded"] == {"other versions": 3}
+    report = run("--max_songs", 2)
+    assert report["songs"] == 2 and report["excluded"] == {"beyond --max_songs": 7}
+
+
+def test_near_repeats_are_kept_and_reported(genius, capsys):
+    lines = invented(1, stanzas=1, lines=20).split("\n")
+    genius.add_song(7, 1, lyrics="\n".join(lines))
+    genius.add_song(7, 2, lyrics="\n".join([*lines[:-2], "Całkiem inny koniec", "I jeszcze jeden wers"]))
+    genius.add_song(7, 3)
+    report = run()
+    assert report["songs"] == 3 and report["near_repeats"] == {2: 1}
+    assert "song 2 has most lines of song 1" in capsys.readouterr().out
+
+
+def test_a_song_cannot_end_itself(genius):
+    genius.add_song(7, 1, lyrics="Początek\n<|endoftext|>\nKoniec <|endoftext|> naprawdę")
+    report = run()
+    assert corpus() == ["Początek\n\nKoniec <|endoftext|> naprawdę"] and report["fixed"]["separators"] == 1
+
+
+# ---------- Faults ----------
+def faults(seed, share=0.1):
+    """A seeded random mix of all faults that pass."""
+    rng = random.Random(seed)
+    return lambda path, number: rng.choice(PASSING_FAULTS) if rng.random() < share else ""
+
+
+def same_corpus_with_faults(genius, monkeypatch, songs):
+    """Collect with and without faults; returns the requests that it took with them."""
+    for i in range(songs):
+        genius.add_song(7, i + 1)
+    run()
+    clean, before = CORPUS.read_bytes(), genius.counts.total()
+    monkeypatch.chdir(os.mkdir("again") or "again")
+    genius.fault = faults(songs)
+    monkeypatch.setattr(dc, "TIMEOUT", 0.3)
+    genius.slow_seconds = 0.6
+    report = run()
+    assert CORPUS.read_bytes() == clean and report["songs"] == songs and report["failed"] == []
+    return genius.counts.total() - before
+
+
+def test_faults_do_not_change_the_corpus(genius, monkeypatch):
+    assert same_corpus_with_faults(genius, monkeypatch, 60) > 63
+
+
+@pytest.mark.slow
+def test_faults_do_not_change_the_corpus_of_1000_songs(genius, monkeypatch):
+    start = time.monotonic()
+    requests = same_corpus_with_faults(genius, monkeypatch, 1000)
+    assert requests > 1070
+    seconds = f"{time.monotonic() - start:.0f} s with the run without faults"
+    log(f"1,000 songs, 10 % of the requests failing: {requests:,} requests, same bytes as without faults, {seconds}")
+
+
+@pytest.mark.parametrize("fault", [*PASSING_FAULTS, "charset"])
+def test_each_fault_passes(genius, monkeypatch, fault):
+    genius.add_song(7, 1, lyrics="Zażółć gęślą jaźń\nŁódź")
+    monkeypatch.setattr(dc, "TIMEOUT", 0.2)
+    genius.slow_seconds = 0.4
+    genius.fault = lambda path, number: fault if genius.counts[path] == 1 else ""
+    run()
+    assert corpus() == ["Zażółć gęślą jaźń\nŁódź"]
+    assert set(genius.counts.values()) == ({1} if fault == "charset" else {2})
+
+
+def test_lost_songs_are_listed_and_never_stored(genius, capsys):
+    for i in range(1, 5):
+        genius.add_song(7, i)
+    del genius.pages["/web/song-2-lyrics"]
+    captcha = "<html>Are you a robot?</html>"
+    genius.add_song(7, 5, lyrics=captcha, form="raw")
+    genius.fault = lambda path, number: "503" if "song-3" in path else ""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run()
+    out = capsys.readouterr()
+    assert stop.value.code == 1 and "error: 3 songs are lost" in out.err and "run the same command again" in out.err
+    assert "2 'Utwór 00002': Genius answered HTTP 404" in out.out and "3 'Utwór 00003': no good answer" in out.out
+    assert "5 'Utwór 00005'" in out.out and "next: python gpt.py" in out.out
+    assert len(corpus()) == 2 and not any((CACHE / f"{i}.json").exists() for i in (2, 3, 5))
+    genius.fault = lambda path, number: ""
+    genius.add_song(7, 2)
+    genius.lists[7] = genius.lists[7][:5]
+    genius.pages["/web/song-5-lyrics"] = ("W końcu są tu słowa", "containers")
+    genius.counts.clear()
+    assert run()["songs"] == 5 and set(genius.page_requests()) == {f"/web/song-{i}-lyrics" for i in (2, 3, 5)}
+
+
+def test_no_lyrics_is_remembered(genius):
+    genius.add_song(7, 1)
+    genius.add_song(7, 2, lyrics="", form="containers")
+    genius.add_song(7, 3, lyrics="", form="state")
+    run()
+    assert run()["excluded"] == {"no lyrics": 2} and max(genius.page_requests().values()) == 1
+
+
+def test_a_damaged_cache_file_is_fetched_again(genius):
+    genius.add_song(7, 1)
+    genius.add_song(7, 2)
+    run()
+    whole = CORPUS.read_bytes()
+    (CACHE / "2.json").write_text('{"song": {"id"')
+    assert run()["songs"] == 2 and CORPUS.read_bytes() == whole
+    assert genius.page_requests() == {"/web/song-1-lyrics": 1, "/web/song-2-lyrics": 2}
+
+
+def test_401_is_a_bad_token_at_once(genius, capsys, monkeypatch):
+    monkeypatch.setenv("GENIUS_ACCESS_TOKEN", "wrong-token")
+    error = fail(capsys, 2)
+    assert "does not accept this token (HTTP 401)" in error and "genius.com/api-clients" in error
+    assert error.count("\n") == 1 and "wrong-token" not in error
+    assert genius.counts.total() == 2  # the search needs no token; the first request that does ends the run
+    assert not list(Path(".").rglob("*.txt")) and not list(CACHE.glob("[0-9]*.json"))
+
+
+def test_403_stops_at_once_and_keeps_what_there_is(genius, capsys):
+    for i in range(1, 11):
+        genius.add_song(7, i)
+    genius.fault = lambda path, number: "403" if "/v1/" in path else ""
+    error = fail(capsys, 1)
+    assert "refuses this address (HTTP 403)" in error and "Colab" in error and "your own computer" in error
+    assert error.count("\n") == 1 and genius.counts.total() == 2
+    genius.fault = lambda path, number: "403" if "song-6" in path else ""
+    error = fail(capsys, 1)
+    assert "HTTP 403" in error and sum(genius.page_requests().values()) == 6 and not CORPUS.exists()
+    assert sorted(int(p.stem) for p in CACHE.glob("[0-9]*.json")) == [1, 2, 3, 4, 5]
+    genius.fault = lambda path, number: ""
+    assert run()["songs"] == 10
+    assert {path: n for path, n in genius.page_requests().items() if n > 1} == {"/web/song-6-lyrics": 2}
+
+
+def test_a_list_that_cannot_be_read_ends_the_run(genius, capsys):
+    genius.add_song(7, 1)
+    genius.fault = lambda path, number: "502" if "/songs" in path else ""
+    assert "error: no good answer from Genius (HTTP 502, 6 times)" in fail(capsys, 1)
+    genius.close()
+    assert "error: no good answer from Genius (ConnectionError, 6 times)" in fail(capsys, 1)
+
+
+def test_retry_after_and_delay_are_kept(genius, monkeypatch, capsys):
+    genius.add_song(7, 1)
+    genius.retry_after = "1"
+    genius.fault = lambda path, number: "429" if number == 2 else ""
+    dc.main(["--delay", "0.1"])
+    gaps = [b - a for a, b in zip(genius.times, genius.times[1:], strict=False)]
+    assert len(gaps) == 3 and gaps[1] >= 1 and min(gaps) >= 0.09
+    waits = []
+    monkeypatch.setattr(dc.time, "sleep", waits.append)
+    genius.retry_after = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 300))
+    once = iter(["429"])
+    genius.fault = lambda path, number: next(once, "")
+    run()
+    assert 290 < max(waits) <= 300 and "HTTP 429: waiting" in capsys.readouterr().err
+
+
+# ---------- Kills, Ctrl-C, full disk ----------
+def survive_kills(genius, kills, songs, seed):
+    """Kill the collector at random moments until it ends by itself; returns (times killed, repeated requests)."""
+    for i in range(songs):
+        genius.add_song(7, i + 1)
+    run("--output", "whole.txt")
+    expected = Path("whole.txt").read_bytes()
+    shutil.rmtree("assets")
+    genius.counts.clear()
+    rng, killed = random.Random(seed), 0
+    while killed < kills:
+        child = process(genius)
+        served, more = genius.counts.total(), rng.randint(0, 2 * songs // kills)
+        while child.poll() is None and genius.counts.total() - served < more:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.03))
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL)
+            killed += 1
+        child.communicate()
+        if child.returncode == 0:
+            break
+    child = process(genius)
+    assert child.communicate() and child.returncode == 0
+    assert CORPUS.read_bytes() == expected
+    return killed, sum(n - 1 for n in genius.page_requests().values()), genius.counts.total()
+
+
+def test_three_kills_change_nothing(genius):
+    killed, repeats, _ = survive_kills(genius, kills=3, songs=120, seed=1)
+    assert killed == 3 and repeats <= killed
+
+
+@pytest.mark.slow
+def test_thirty_kills_change_nothing(genius):
+    killed, repeats, total = survive_kills(genius, kills=30, songs=2000, seed=30)
+    assert killed == 30 and repeats <= killed
+    again = f"{repeats} song pages, {total - 2041 - repeats} others"  # 2,041: the search, 40 list pages, 2,000 songs
+    log(f"2,000 songs, {killed} SIGKILLs: same corpus; asked for again: {again}")
+
+
+def test_an_interrupted_list_is_gone_on_with(genius, capsys):
+    for i in range(1, 121):
+        genius.add_song(7, i)
+    genius.fault = lambda path, number: "403" if "page=3" in path else ""
+    fail(capsys, 1)
+    genius.fault = lambda path, number: ""
+    assert run()["songs"] == 120
+    assert sorted(n for path, n in genius.counts.items() if "/songs?" in path) == [1, 1, 2]
+    assert max(genius.page_requests().values()) == 1
+
+
+def test_ctrl_c_says_how_to_go_on(genius, monkeypatch, capsys):
+    for i in range(1, 6):
+        genius.add_song(7, i)
+
+    def interrupt(path, number):
+        if "song-4" in path:
+            os.kill(os.getpid(), signal.SIGINT)
+        return ""
+
+    genius.fault = interrupt
+    error = fail(capsys, 130)
+    assert "the same command goes on" in error and "Traceback" not in error
+    assert len(list(CACHE.glob("[0-9]*.json"))) in (3, 4)
+    monkeypatch.setattr(dc, "IN_NOTEBOOK", True)
+    assert run() == {}  # a notebook cell goes on
+    genius.fault = lambda path, number: ""
+    assert run()["songs"] == 5
+
+
+def test_a_full_disk_keeps_the_old_corpus(genius, monkeypatch, capsys):
+    genius.add_song(7, 1)
+    run()
+    old = CORPUS.read_bytes()
+    genius.add_song(7, 2)
+    run("--max_songs", 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "tede.txt.tmp")
+
+    monkeypatch.setattr(dc.os, "fsync", full)
+    error = fail(capsys, 1)
+    assert "error: tede.txt.tmp: No space left on device; what was fetched is kept" in error
+    assert CORPUS.read_bytes() == old and not list(Path(".").rglob("*.tmp")) and not (CACHE / "2.json").exists()
+
+
+# ---------- Offline, files of others ----------
+def test_offline_needs_neither_network_nor_token(genius, monkeypatch, capsys):
+    for i in range(1, 8):
+        genius.add_song(7, i, f"Utwór {i}" + " (Remix)" * (i == 7))
+    run()
+    first = CORPUS.read_bytes()
+    monkeypatch.delenv("GENIUS_ACCESS_TOKEN")
+    genius.close()
+    CORPUS.unlink()
+    assert run("--offline")["songs"] == 7 and CORPUS.read_bytes() == first
+    (CACHE / "3.json").unlink()
+    assert run("--offline", "--artist_id", 7, "--keep_headers")["excluded"] == {"not fetched": 1}
+    error = fail(capsys, 2, "--offline", "--artist", "Inny")
+    assert "run without --offline" in error
+
+
+def test_a_corpus_of_somebody_else_is_moved_aside(genius, capsys):
+    genius.add_song(7, 1)
+    CORPUS.parent.mkdir(parents=True)
+    CORPUS.write_text("Moje wersy\n")
+    run()
+    assert [p.read_text() for p in CORPUS.parent.glob("tede.txt.previous-*")] == ["Moje wersy\n"]
+    assert "moved to" in capsys.readouterr().out
+    genius.add_song(7, 2)
+    run()
+    assert len(list(CORPUS.parent.glob("*.previous-*"))) == 1  # our own corpus is replaced
+    genius.add_song(3, 3)
+    run("--artist_id", 3, "--output", CORPUS)
+    assert len(list(CORPUS.parent.glob("tede.report.json.previous-*"))) == 1
+
+
+# ---------- Token ----------
+def test_the_token_appears_nowhere(genius):
+    for i in range(1, 40):
+        genius.add_song(7, i)
+    rng = random.Random(4)  # the server's error pages repeat the headers it got
+    genius.fault = lambda path, number: rng.choice(["429", "500", "404", "", "", "slow"]) if number > 2 else ""
+    genius.slow_seconds = 0.05
+    child, seen = process(genius, PYTHONFAULTHANDLER="1"), []
+    while child.poll() is None:
+        seen.append(subprocess.run(["ps", "-eo", "args", "ww"], capture_output=True).stdout)
+        time.sleep(0.1)
+    out, err = child.communicate()
+    assert child.returncode == 1 and b"are lost" in err and any(b"fake_genius.py" in text for text in seen)
+    for text in [out, err, *seen, *(path.read_bytes() for path in files())]:
+        assert TOKEN.encode() not in text
+
+
+@pytest.mark.parametrize("status", ["400", "401", "403", "404", "429", "500"])
+def test_the_token_is_in_no_error(genius, capfd, monkeypatch, status):
+    genius.fault = lambda path, number: status if "/v1/" in path else ""  # the answer repeats the token
+    for argv in ([], ["--artist_id", 3]):
+        with pytest.raises(SystemExit):
+            run(*argv)
+        out, err = capfd.readouterr()
+        assert err.count("error: ") == 1 and TOKEN not in out + err
+    assert not any(TOKEN.encode() in path.read_bytes() for path in files())
+
+
+def test_the_token_is_in_no_traceback(genius, monkeypatch):
+    genius.add_song(7, 1)
+
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(dc, "write_json", broken)
+    with pytest.raises(ZeroDivisionError) as crash:
+        run()
+    assert TOKEN not in "".join(traceback.format_exception(crash.value))
+
+
+def test_token_sources_and_their_order(genius, monkeypatch):
+    config = dc.Config()
+    Path(".env").write_text('OTHER=x\nexport GENIUS_ACCESS_TOKEN="from-env-file"\n')
+    Path("t.txt").write_text("\ufefffrom-file\r\n", encoding="utf-8")
+    assert dc.find_token(dc.Config(token_file="t.txt")) == "from-file"
+    assert dc.find_token(config) == TOKEN
+    monkeypatch.delenv("GENIUS_ACCESS_TOKEN")
+    assert dc.find_token(config) == "from-env-file"
+    Path(".env").write_text("OTHER=x\n# GENIUS_ACCESS_TOKEN=no\n")
+    secrets = types.SimpleNamespace(
+        SecretNotFoundError=KeyError, NotebookAccessError=PermissionError, get={dc.TOKEN_NAME: "from-colab"}.__getitem__
+    )
+    colab = types.ModuleType("google.colab")
+    colab.userdata = secrets
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    assert dc.find_token(config) == "from-colab"
+    secrets.get = {}.__getitem__
+    with pytest.raises(dc.UserError, match="genius.com/api-clients"):
+        dc.find_token(config)
+
+
+@pytest.mark.parametrize("token", ["two words", "ąbc", "a\nb"])
+def test_a_token_that_cannot_be_one_is_not_repeated(genius, monkeypatch, capsys, token):
+    monkeypatch.setenv("GENIUS_ACCESS_TOKEN", token)
+    error = fail(capsys, 2)
+    assert "copy the token again" in error and token not in error and not genius.counts
+
+
+# ---------- Options ----------
+@pytest.mark.parametrize(
+    "argv, words",
+    [(["--token", TOKEN], "shell's history"), ([f"--token={TOKEN}"], "shell's history"), ([TOKEN], "words without"),
+     (["--token_file", TOKEN], "not the token"), (["--max_song", "3"], "no place for --max_song"),
+     (["--max_songs", "0"], "1 or more"), (["--max_songs", "x"], "--max_songs: invalid int"),
+     (["--artist_id", "-1"], "1 or more"), (["--delay", "nan"], "--delay"), (["--delay", "-1"], "--delay"),
+     (["--versions", "last"], "--versions"), (["--artist", " "], "--artist is empty"), (["--output", "."], "--output"),
+     (["--artist", "\udcff"], "unprintable"), (["--output", "file/x.txt"], "--output"), (["--output"], "one argument")],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_writes_nothing(genius, capsys, argv, words):
+    Path("file").write_text("x")
+    error = fail(capsys, 2, *argv)
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert TOKEN not in error and files() == [Path("file")] and not genius.counts
+
+
+def test_no_token_is_one_line(genius, capsys, monkeypatch):
+    monkeypatch.delenv("GENIUS_ACCESS_TOKEN")
+    error = fail(capsys, 2)
+    assert error.startswith("error: no Genius access token; get one at https://genius.com/api-clients")
+    assert error.count("\n") == 1 and not files()
+
+
+def test_a_notebook_kernels_own_arguments_are_ignored(genius, monkeypatch, capsys):
+    genius.add_song(7, 1)
+    monkeypatch.setattr(dc, "IN_NOTEBOOK", True)
+    for args in (["-f", "/tmp/kernel-1.json"], ["--f=/tmp/kernel-1.json"]):
+        monkeypatch.setattr(sys, "argv", ["kernel_launcher.py", *args])
+        assert dc.parse_args() == dc.Config()
+        assert dc.main()["songs"] == 1
+    assert "--artists" in fail(capsys, 2, "--artists", "Tede")
+    monkeypatch.setattr(sys, "argv", ["data_collection.py", "--artist", "Inny"])
+    assert dc.parse_args().artist == "Inny"
+    genius.add_song(7, 2)
+    genius.fault = lambda path, number: "500" if "song-2" in path else ""
+    assert run()["failed"][0]["id"] == 2  # told, but the notebook gets the report
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        dc.main(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"--{name}" in out for name in dc.Config.__dataclass_fields__)
+
+
+def test_an_ascii_terminal_shows_any_title(genius):
+    genius.add_song(7, 1, "Żółć \u4e2d \ud83d \x1b[2J")
+    genius.add_song(7, 2, "Gęś \x1b[2J")
+    genius.fault = lambda path, number: "404" if "song-2" in path else ""
+    child = process(genius, PYTHONIOENCODING="ascii:strict", PYTHONUTF8="0", LC_ALL="C")
+    out, err = child.communicate()
+    assert child.returncode == 1 and b"1 songs" in out and b"Traceback" not in err
+    assert b"\x1b[2J" not in out + err
+
+
+def test_importing_does_nothing_and_the_script_stands_alone():
+    code = "import sys, data_collection; print(sorted(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code, "--nonsense"], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0 and out.stderr == "" and out.stdout.count("\n") == 1
+    source = (ROOT / "data_collection.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    assert source.count("\n") < 500
+    imported = {n.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
+    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported - sys.stdlib_module_names == {"lyricsgenius", "requests", "urllib3", "tqdm", "google"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in ("mend", "__init__"):
+            assert ast.get_docstring(node), node.name
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 55, node.name
+
+
+# ---------- Cleaning ----------
+CASES = [
+    # Genius' own additions
+    ("12 ContributorsNoc Lyrics[Refren]\nIdę", "Idę"),
+    ("1 ContributorNoc Lyrics\nIdę", "Idę"),
+    ("3 Contributors\nIdę dalej", "Idę dalej"),
+    ("7 ContributorsTranslationsEnglishNoc Lyrics\nIdę", "Idę"),
+    ("40 ContributorsNoc Lyrics„Noc” to utwór o nocy… Read More\n[Intro]\nIdę", "Idę"),
+    ("Miałem 12 Contributors w bandzie", "Miałem 12 Contributors w bandzie"),
+    ("Idę\n12 Contributors", "Idę\n12 Contributors"),
+    ("Idę\nYou might also like\nDalej", "Idę\n\nDalej"),
+    ("IdęYou might also likeDalej", "Idę\nDalej"),
+    ("Idę\nYou might also like[Refren]\nDalej", "Idę\n\nDalej"),
+    ("IdęYou might also like", "Idę"),
+    ("You might also like me better", "You might also like me better"),
+    ("Songs You might also like", "Songs You might also like"),
+    ("you might also like\nIdę", "you might also like\nIdę"),
+    ("Idę12Embed", "Idę"),
+    ("IdęEmbed", "Idę"),
+    ("Idę!3Embed\n", "Idę!"),
+    ("Idę\n45Embed", "Idę"),
+    ("Idę\nEmbed", "Idę"),
+    ("Idę1.2KEmbed", "Idę"),
+    ("Rok 20053Embed", "Rok 20053"),
+    ("Idę5EmbedShare URLCopyEmbedCopy", "Idę"),
+    ("Embed na początku\nIdę", "Embed na początku\nIdę"),
+    ("Embed to słowo Embed", "Embed to słowo Embed"),
+    ("IdęSee Tede LiveGet tickets as low as $45Dalej", "Idę\nDalej"),
+    ("See Tede LiveGet tickets as low as $1,045\nDalej", "Dalej"),
+    ("See the light See Kot LiveGet tickets as low as $9", "See the light"),
+    ("See you live", "See you live"),
+    ("Idę\nSee Tede LiveGet tickets as low as $45You might also like[Refren]\nDalej2Embed", "Idę\n\nDalej"),
+    # section headers
+    ("[Zwrotka 1]\nIdę\n\n[Refren]\nDalej", "Idę\n\nDalej"),
+    ("Idę\n[Refren: Tede]\nDalej", "Idę\n\nDalej"),
+    ("[Verse 2: Kot & Pies]\nIdę", "Idę"),
+    ("[Zwrotka 1:\nTede]\nIdę", "Idę"),
+    ("[Refren: Tede\n& Kot\ni Pies]\nIdę", "Idę"),
+    ("[Refren] Idę", "Idę"),
+    ("Idę[Refren]Dalej", "Idę\n\nDalej"),
+    ("[Refren]:\nIdę", "Idę"),
+    ("[Refren\nIdę", "Idę"),
+    ("[Refren: Tede [x2]]\nIdę", "Idę"),
+    ("[Tekst utworu „Noc”]\n\n[Intro]\nIdę", "Idę"),
+    ("[?]\nIdę", "Idę"),
+    ("Idę [śmiech] dalej", "Idę [śmiech] dalej"),
+    ("Idę [x2]", "Idę [x2]"),
+    ("[otwarty nawias\nIdę", "[otwarty nawias\nIdę"),
+    ("[śmiech\ni płacz]\nIdę", "[śmiech\ni płacz]\nIdę"),
+    # letters
+    ("z\u0307o\u0301l\u0301", "żóĺ"),
+    ("Za\u017co\u0301\u0142c\u0301", "Zażółć"),
+    ("Сzas", "Czas"),
+    ("nаpięcie i kоt", "napięcie i kot"),
+    ("Τede", "Tede"),
+    ("sło\u0301wo о\u0301smy", "słówo ósmy"),
+    ("привет", "привет"),
+    ("а и о", "а и о"),
+    ("Ελλάδα", "Ελλάδα"),
+    ("приveт", "приveт"),
+    ("сaхар", "сaхар"),
+    ("Mоsкwa", "Moskwa"),
+    # marks and spaces
+    ("Idę\u2005dalej\u205fi\u00a0dalej", "Idę dalej i dalej"),
+    ("Idę\u3000dalej\tteraz", "Idę dalej teraz"),
+    ("I\u200bdę\u200d \ufeffda\u2060lej", "Idę dalej"),
+    ("\u202aIdę\u202c \u2067dalej\u2069\u200e", "Idę dalej"),
+    ("Id\u00adę\x07", "Idę"),
+    ("Idę \ud83d dalej", "Idę dalej"),
+    ("Idę\r\ndalej\rteraz", "Idę\ndalej\nteraz"),
+    ("Idę\u2028dalej\u2029teraz\x0bjuż\x85tu", "Idę\ndalej\nteraz\njuż\ntu"),
+    ("Idę\x1edalej\n\x1eteraz\n\n\x1ejuż", "Idę\ndalej\nteraz\n\njuż"),
+    # layout
+    ("  Idę   dalej  \n\n\n\nTeraz \n", "Idę dalej\n\nTeraz"),
+    ("\n \n", ""),
+    ("", ""),
+    ("Idę\n<|endoftext|>\nDalej", "Idę\n\nDalej"),
+    ("Idę\n <|end\u200boftext|> \nDalej", "Idę\n\nDalej"),
+    ("Idę <|endoftext|>", "Idę <|endoftext|>"),
+    # what people write stays
+    ("„Idę” – mówię… „Dalej!”", "„Idę” – mówię… „Dalej!”"),
+    ("(Ej, ej) x2 / 50% #hasło @kot €5 😀", "(Ej, ej) x2 / 50% #hasło @kot €5 😀"),
+    ("Refren:\nIdę", "Refren:\nIdę"),
+    ("naïve café Škoda Ωmega", "naïve café Škoda Ωmega"),
+]
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) == len({raw for raw, _ in CASES}) >= 60
+
+
+@pytest.mark.parametrize("raw, expected", CASES)
+def test_cleaning(raw, expected):
+    text, fixed = dc.clean(raw)
+    assert text == expected
+    assert dc.clean(text) == (text, {})
+    letters = re.compile(r"[^\W_]")
+    if len(letters.findall(raw)) > len(letters.findall(text)):
+        assert fixed  # nothing goes uncounted
+
+
+def test_headers_can_be_kept():
+    text = "[Refren:\nTede]\nIdę\n\n[Zwrotka 2]\nDalej"
+    assert dc.clean(text, keep_headers=True) == (text, {})
+
+
+JUNK = ["12 Contributors", "Noc Lyrics", "You might also like", "3Embed", "Embed", "[Refren]", "[Zwrotka", "]", "["]
+JUNK += ["\n", "\n\n", " ", "\r\n", "See Kot Live", "Get tickets as low as $4", "<|endoftext|>", "… Read More", "α"]
+JUNK += ["\u200b", "\u2005", "о", "с", "a", "ó", "o\u0301", "\u0301", "\x1e", "Idę", "Dalej ", "\ud83d", ":", "K"]
+ANY_TEXT = st.text(st.characters(exclude_categories=()))  # lone surrogates too
+TEXTS = ANY_TEXT | st.lists(st.sampled_from(JUNK), max_size=14).map("".join)
+WORD = st.text("aąbcćdeęfghijklłmnńoóprsśtuwyzźż", min_size=1, max_size=9)
+WORDS = st.lists(WORD, min_size=1, max_size=8).map(lambda words: " ".join(words).capitalize())
+LINE = st.builds(str.__add__, WORDS, st.sampled_from(["", ",", "!", "?", "…", " – ej", " (ej)", "."]))
+STANZA = st.lists(LINE, min_size=1, max_size=5).map("\n".join)
+POLISH = st.lists(STANZA, min_size=1, max_size=4).map("\n\n".join)
+
+
+def clean_twice(text, keep_headers):
+    once, _ = dc.clean(text, keep_headers)
+    assert dc.clean(once, keep_headers) == (once, {})
+    once.encode()
+    assert "<|endoftext|>" not in once.split("\n")
+
+
+def plain_polish(text):
+    assert dc.clean(text) == (text, {}) and dc.clean(text, keep_headers=True) == (text, {})
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXTS, st.booleans())
+def test_cleaning_twice_is_cleaning_once(text, keep_headers):
+    clean_twice(text, keep_headers)
+
+
+@settings(max_examples=200, deadline=None)
+@given(POLISH)
+def test_plain_polish_passes_unchanged(text):
+    plain_polish(text)
+
+
+@pytest.mark.slow
+def test_cleaning_10000_random_strings():
+    many = settings(max_examples=10_000, deadline=None)
+    many(given(TEXTS, st.booleans())(clean_twice))()
+    many(given(POLISH)(plain_polish))()
+    log("cleaning: 10,000 random strings twice as once, 10,000 plain Polish texts unchanged")
+
+
+# ---------- Size ----------
+def peak_mib(genius, songs):
+    """(peak memory in MiB, seconds) of a process that collects so many songs."""
+    genius.lists[7].clear()
+    for i in range(1, songs + 1):
+        genius.add_song(7, i, lyrics=lambda i=i: invented(i))
+    start = time.monotonic()
+    child = process(genius, "--output", f"{songs}.txt")
+    _, err = child.communicate()
+    assert child.returncode == 0, err[-2000:]
+    return int(re.search(rb"peak_kib=(\d+)", err)[1]) / 1024, time.monotonic() - start
+
+
+def test_collecting_is_quick(genius):
+    _, seconds = peak_mib(genius, 100)
+    assert 100 / seconds > 20
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_to_10000_songs(genius):
+    small, _ = peak_mib(genius, 100)
+    large, seconds = peak_mib(genius, 10_000)
+    log(f"peak memory {small:.1f} MiB with 100 songs, {large:.1f} MiB with 10,000 (in {seconds:.0f} s)")
+    assert large < 1.3 * small
