@@ -126,7 +126,7 @@ def parse_args(argv) -> dict:
     for f in fields(Config):
         words, test = f.metadata["must"] or ("", None)
         if test and f.name in given and not (math.isfinite(given[f.name]) and test(given[f.name])):
-            raise Stop(f"--{f.name} {given[f.name]}: must be {words}")
+            raise Stop(f"--{f.name} {given[f.name]}: must be a finite number, {words}")
     return given
 
 
@@ -434,7 +434,8 @@ def make_optimizers(model: GPTLanguageModel, config: Config) -> list[torch.optim
             shapes.setdefault((p.size(0) // parts, p.size(1)), []).append(p)
         else:
             rest.append(p)
-    return [Muon([dict(params=params, shape=shape) for shape, params in shapes.items()], config.learning_rate, config.weight_decay),
+    groups = [dict(params=params, shape=shape) for shape, params in shapes.items()]
+    return [Muon(groups, lr=config.learning_rate, weight_decay=config.weight_decay),
             torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0, **settings)]
 
 

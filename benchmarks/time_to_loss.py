@@ -11,9 +11,7 @@ with its own context. Training time only, in turn, medians over the seeds.
 """
 
 import argparse
-import json
 import math
-import os
 import platform
 import statistics
 import sys
@@ -29,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpt  # noqa: E402
 
 # What ours runs with; max_iters is the length that its schedule is planned for.
-OURS = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=16, max_iters=320, learning_rate=5e-3)
+OURS = dict(n_layer=2, n_head=4, n_embd=128, block_size=64, batch_size=16, max_iters=200, learning_rate=1e-2)
 
 
 class PeerBlock(nn.Module):
@@ -107,3 +105,44 @@ def train_ours(train_ids, val_ids, tokenizer, seed, options):
         trainer.say = lambda text: None
         trainer.fit()
         return trainer.summary()["params"], trainer.now["history"][-1]["val_loss"], trainer.now["seconds"]
+
+
+class Scored(nn.Module):
+    """The peer in the form that gpt.evaluate asks for."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx, targets):
+        """Mean loss in nats per token."""
+        return self.model(idx, targets)
+
+
+def main():
+    """Print each run and the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    train_text, val_text = gpt.split_corpus(gpt.read_corpus(args.input))
+    tokenizer = gpt.CharTokenizer.from_text(train_text + val_text)
+    train_ids, val_ids = tokenizer.encode(train_text), tokenizer.encode(val_text)
+    window = gpt.make_config(dict(block_size=64, batch_size=64), torch.device("cpu"), None)
+    exact = torch.autocast("cpu", torch.bfloat16, enabled=False)
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {OURS}")
+    ratios = []
+    for seed in range(args.seeds):
+        peer, peer_seconds = train_peer(train_ids, tokenizer.vocab_size, seed)
+        target = gpt.evaluate(Scored(peer), torch.cat((train_ids[-1:], val_ids)), tokenizer, window, exact)[0]
+        params, loss, seconds = train_ours(train_ids, val_ids, tokenizer, seed, OURS)
+        ratios.append(peer_seconds / seconds)
+        size = sum(p.numel() for p in peer.parameters())
+        print(f"seed {seed}: peer {size:,} parameters, {target:.3f} after {peer_seconds:.1f} s; "
+              f"ours {params:,} parameters, {loss:.3f} after {seconds:.1f} s; "
+              f"{'reached' if loss <= target else 'NOT REACHED'}, {ratios[-1]:.1f} times faster", flush=True)
+    print(f"median: {statistics.median(ratios):.1f} times faster")
+
+
+if __name__ == "__main__":
+    main()
