@@ -1,10 +1,10 @@
 """Stage 1: a GPT built by hand learns to write lyrics, one character at a time.
 
-    python gpt.py                                                   # laptop or GPU: the size is chosen for you
-    python gpt.py --input assets/input/input2.txt --max_iters 5000  # the original project's command
-    python gpt.py --resume                                          # go on after Ctrl-C or a crash
+    python gpt.py                   # laptop or GPU: the size is chosen for you
+    python gpt.py --input assets/input/input2.txt --max_iters 5000
+    python gpt.py --resume          # go on after Ctrl-C or a crash
     python gpt.py --sample_only --prompt "Noc nad miastem" --num_samples 3
-    torchrun --nproc_per_node=2 gpt.py --size base                  # several GPUs
+    torchrun --nproc_per_node=2 gpt.py --size base      # several GPUs
 
 In a Colab cell:  import gpt; gpt.main(["--input", "lyrics.txt"])
 """
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -499,7 +500,8 @@ def save_checkpoint(path: str, checkpoint: dict):
 def load_checkpoint(path: str) -> dict:
     """A checkpoint of this stage, on the CPU. weights_only: a malicious file cannot run code. Stop if it is none."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # a foreign file gets one line, below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["stage"] == STAGE and checkpoint["format_version"] == FORMAT_VERSION:
             return checkpoint
     except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -158,3 +159,16 @@ def test_files_that_are_not_plain_text(tmp_path, content, word):
 def test_songs_are_read_with_a_bom_and_windows_line_ends(tmp_path):
     (tmp_path / "songs.txt").write_bytes("\ufeffjeden\r\n<|endoftext|>\r\ndwa <|endoftext|>\r\n".encode())
     assert gpt.read_corpus(str(tmp_path / "songs.txt")) == "jeden" + gpt.END + "dwa <|endoftext|>\n"
+
+
+def test_a_malicious_checkpoint_is_refused_in_one_line_and_runs_no_code(tmp_path, capfd):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "pwned").touch, ()
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(SystemExit) as stop:
+        gpt.main(["--sample_only", "--save_path", str(tmp_path / "evil.pt"), "--device", "cpu"])
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "pwned").exists()
