@@ -72,7 +72,7 @@ class FakeGenius:
         class Handler(_Handler):
             genius = fake
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = _Server(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
@@ -101,6 +101,13 @@ class FakeGenius:
     def page_requests(self):
         """How often each song page was asked for."""
         return Counter({path: n for path, n in self.counts.items() if path.startswith("/web/")})
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """Say nothing where the client went away: that is what the tests are about, and not the collector's own output."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
