@@ -11,6 +11,8 @@ with its own context. Training time only, in turn, medians over the seeds.
 """
 
 import argparse
+import contextlib
+import io
 import math
 import platform
 import statistics
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn as nn
@@ -92,19 +95,14 @@ def train_peer(train_ids, vocab_size, seed, steps=2000, batch=12, context=64):
     return model, time.perf_counter() - began
 
 
-def train_ours(train_ids, val_ids, tokenizer, seed, options):
-    """(parameters, final full-validation loss, training seconds) of gpt.py's own model and loop."""
+def train_ours(path, seed, options):
+    """(parameters, lowest full-validation loss, training seconds) of gpt.py's own model and loop."""
     with tempfile.TemporaryDirectory() as folder:
-        given = dict(options, seed=seed, run_dir=folder, eval_interval=options["max_iters"], sample_interval=0, size="tiny")
-        device = torch.device("cpu")
-        config = gpt.make_config(given, device, None)
-        torch.manual_seed(seed)
-        model = gpt.GPTLanguageModel(gpt.GPTConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head,
-                                                   config.n_embd, config.dropout, config.recipe == "modern"))
-        trainer = gpt.Trainer(config, model, tokenizer, train_ids, val_ids, "", gpt.pick_dtype(config.dtype, device))
-        trainer.say = lambda text: None
-        trainer.fit()
-        return trainer.summary()["params"], trainer.now["history"][-1]["val_loss"], trainer.now["seconds"]
+        given = dict(options, seed=seed, run_dir=folder, input=path, eval_interval=options["max_iters"], sample_interval=0,
+                     size="tiny", device="cpu")
+        with contextlib.redirect_stdout(io.StringIO()), patch.object(gpt, "write_samples"):
+            metrics = gpt.run(given)
+        return metrics["params"], metrics["val_loss"], metrics["seconds"]
 
 
 class Scored(nn.Module):
@@ -126,7 +124,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     train_text, val_text = gpt.split_corpus(gpt.read_corpus(args.input))
-    tokenizer = gpt.CharTokenizer.from_text(train_text + val_text)
+    tokenizer = gpt.make_tokenizer(None, train_text + val_text, None)
     train_ids, val_ids = tokenizer.encode(train_text), tokenizer.encode(val_text)
     window = gpt.make_config(dict(block_size=64, batch_size=64), torch.device("cpu"), None)
     exact = torch.autocast("cpu", torch.bfloat16, enabled=False)
@@ -135,7 +133,7 @@ def main():
     for seed in range(args.seeds):
         peer, peer_seconds = train_peer(train_ids, tokenizer.vocab_size, seed)
         target = gpt.evaluate(Scored(peer), torch.cat((train_ids[-1:], val_ids)), tokenizer, window, exact)[0]
-        params, loss, seconds = train_ours(train_ids, val_ids, tokenizer, seed, OURS)
+        params, loss, seconds = train_ours(args.input, seed, OURS)
         ratios.append(peer_seconds / seconds)
         size = sum(p.numel() for p in peer.parameters())
         print(f"seed {seed}: peer {size:,} parameters, {target:.3f} after {peer_seconds:.1f} s; "

@@ -137,7 +137,7 @@ def test_a_run_writes_its_files_and_moves_an_earlier_run_aside(corpus, tmp_path,
     (["--input", "missing.txt"], "missing.txt"), (["--n_head", "3"], "divisible"), (["--temperature", "nan"], "finite"),
     (["--max_iters", "0"], "at least 1"), (["--top_p", "0"], "top_p"), (["--colour", "red"], "--help"),
     (["--resume"], "no checkpoint"), (["--sample_only"], "no checkpoint"), (["--prompt", "Ω"], "Ω"),
-    (["--block_size", "5000"], "too short"), (["--load_url", "file:///nowhere/model.pt"], "load_url"),
+    (["--block_size", "5000"], "too short"), (["--load_url", "file:///nowhere/model.pt"], "file:///nowhere"),
 ])
 def test_bad_input_is_one_line_and_writes_nothing(corpus, tmp_path, capsys, given, word):
     run = tmp_path / "run"
