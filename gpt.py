@@ -178,6 +178,12 @@ def make_tokenizer(config: Config, text: str, checkpoint: dict | None) -> CharTo
     return CharTokenizer("".join(sorted(set(text) - {END})), start=next((c for c in END + "\n" if c in text), text[:1]))
 
 
+def describe(tokenizer: CharTokenizer, ids: torch.Tensor) -> dict:
+    """What the vocabulary makes of the training text: how much a token says, and how often an entry is seen."""
+    return dict(vocab_size=tokenizer.vocab_size, chars_per_token=tokenizer.count_chars(ids) / len(ids),
+                tokens_per_vocab_entry=len(ids) / tokenizer.vocab_size)
+
+
 # --------------------------------------------------------------------------------------------------- data
 def read_corpus(path: str) -> str:
     """The text of a UTF-8 file, its songs separated by END. A BOM and Windows line ends are tolerated."""
@@ -238,19 +244,6 @@ class GPTConfig:
     modern: bool
 
 
-class RMSNorm(nn.Module):
-    """Scale each position to root mean square 1, then by a learned weight (Zhang and Sennrich, arXiv:1910.07467)."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(shape))
-
-    def forward(self, x):
-        """Shape in and out: (..., width)."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # sqrt(width) times the root mean square
-        return x * (math.sqrt(x.size(-1)) / length.clamp(min=1e-6)) * self.weight
-
-
 def rotate(x, rope):
     """Rotary positions (Su et al., arXiv:2104.09864): turn pairs of numbers by angles that grow with the position.
 
@@ -271,7 +264,7 @@ class MultiHeadAttention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not config.modern)
         self.dropout = nn.Dropout(config.dropout)
         if config.modern:  # QK-norm (Henry et al., arXiv:2010.04245) keeps the scores from growing without bound
-            self.qk_norm = RMSNorm(2, 1, 1, 1, config.n_embd // config.n_head)
+            self.qk_norm = nn.LayerNorm(config.n_embd // config.n_head, bias=False)
 
     def forward(self, x, mask, rope=None, cache=None):
         """Mix into each position what came before it. x: (B, T, C); mask: (T, S), 0 or -inf; cache: see generate."""
@@ -318,8 +311,8 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        norm = RMSNorm if config.modern else nn.LayerNorm
-        self.norm1, self.norm2 = norm(config.n_embd), norm(config.n_embd)
+        # Without its bias, LayerNorm is RMSNorm (arXiv:1910.07467) of a centred stream, and three times faster on a CPU.
+        self.norm1, self.norm2 = (nn.LayerNorm(config.n_embd, bias=not config.modern) for _ in range(2))
         self.attention = MultiHeadAttention(config)
         self.feed_forward = FeedForward(config)
 
@@ -337,7 +330,7 @@ class GPTLanguageModel(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = (RMSNorm if config.modern else nn.LayerNorm)(config.n_embd)
+        self.norm = nn.LayerNorm(config.n_embd, bias=not config.modern)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=not config.modern)
         mask = torch.full((config.block_size, config.block_size), -math.inf).triu(1)
         self.register_buffer("mask", mask, persistent=False)
@@ -615,7 +608,7 @@ class Trainer:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.corpus_sha256 = hashlib.sha256(text.encode()).hexdigest()
         self.train_ids, val_ids = (tokenizer.encode(part) for part in split_corpus(text))
-        self.val_ids = torch.cat((self.train_ids[-1:], val_ids))
+        self.val_ids, self.facts = torch.cat((self.train_ids[-1:], val_ids)), describe(tokenizer, self.train_ids)
         if len(self.train_ids) <= config.block_size or not len(val_ids):
             needed = math.ceil((config.block_size + 1) / 0.85 * len(text) / (len(self.train_ids) + len(val_ids))) + 1
             raise Stop(f"{config.input} is too short ({len(text):,} characters): --block_size {config.block_size} takes "
@@ -711,7 +704,7 @@ class Trainer:
             lines = "".join(json.dumps(record) + "\n" for record in now["history"])
             Path(config.run_dir, "metrics.jsonl").write_text(lines, encoding="utf-8")
         self.say(f"step {now['iter']:>5}  train {train_loss:.3f}  val {val_loss:.3f} nats/token = {val_bpc:.3f} "
-                 f"bits/char  {self.metrics()['tokens_per_second']:,.0f} tokens/s{'  best' if better else ''}")
+                 f"bits/char  {self.metrics()['chars_per_second']:,.0f} chars/s{'  best' if better else ''}")
 
     def train(self) -> int:
         """Train to max_iters, or until `patience` evaluations brought nothing (0), or a signal (its number)."""
@@ -745,14 +738,13 @@ class Trainer:
 
     def metrics(self) -> dict:
         """What metrics.json holds."""
-        now, ids, vocab_size = self.now, self.train_ids, self.tokenizer.vocab_size
+        now, rate = self.now, self.now["iter"] * self.tokens_per_step / max(self.now["seconds"], 1e-9)
         best = min(now["history"], key=lambda record: record["val_loss"], default={})
         return dict(
-            stage=STAGE, params=sum(p.numel() for p in self.model.parameters()), vocab_size=vocab_size,
-            chars_per_token=self.tokenizer.count_chars(ids) / len(ids), tokens_per_vocab_entry=len(ids) / vocab_size,
-            val_loss=best.get("val_loss"), val_bpc=best.get("val_bpc"), best_iter=best.get("iter"), iters=now["iter"],
-            seconds=now["seconds"], tokens_per_second=now["iter"] * self.tokens_per_step / max(now["seconds"], 1e-9),
-            device=str(self.device), dtype=str(self.amp.fast_dtype).removeprefix("torch."), seed=self.config.seed)
+            self.facts, stage=STAGE, params=sum(p.numel() for p in self.model.parameters()), val_loss=best.get("val_loss"),
+            val_bpc=best.get("val_bpc"), best_iter=best.get("iter"), iters=now["iter"], seconds=now["seconds"],
+            tokens_per_second=rate, chars_per_second=rate * self.facts["chars_per_token"], device=str(self.device),
+            dtype=str(self.amp.fast_dtype).removeprefix("torch."), seed=self.config.seed)
 
     def write_report(self):
         """Write metrics.json and draw both losses: where the curves part, the model begins to learn by heart."""
@@ -801,6 +793,7 @@ def run(given: dict) -> dict:
     trainer.say(f"{config.size}, {config.recipe}, {trainer.metrics()['params']:,} parameters on {device} in "
                 f"{trainer.metrics()['dtype']}: {len(text):,} characters, {config.max_iters} steps of "
                 f"{trainer.tokens_per_step:,} tokens")
+    trainer.say(", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in trainer.facts.items()))
     if config.resume and config.max_iters > checkpoint["config"]["max_iters"]:
         trainer.say(f"note: the learning rate is planned anew for {config.max_iters} steps")
     stopped = trainer.train()

@@ -1,0 +1,78 @@
+"""A stage's script in processes of its own, without paying for the import of torch each time.
+
+A server imports torch once and forks; each child then does what `python SCRIPT ARGV > OUTPUT 2>&1` would.
+"""
+
+import itertools
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["torch._dynamo", "matplotlib.figure"])
+
+
+def start(script, argv, output, dies_in=None):
+    """Start the script in the current folder. dies_in=("fsync", 3) kills it inside its third call of os.fsync."""
+    args = (str(script), list(map(str, argv)), os.path.abspath(output), os.getcwd(), dies_in)
+    child = FORKING.Process(target=run, args=args, daemon=True)
+    child.start()
+    return child
+
+
+def finish(child):
+    """Wait until the child has ended; its exit status, negative for a signal."""
+    child.join(300)
+    assert child.exitcode is not None, "the script hangs"
+    return child.exitcode
+
+
+def wait_until(condition, child):
+    """Wait until the condition holds; False if the child ends before that."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happens"
+        if not child.is_alive():
+            return condition()
+        time.sleep(0.002)
+    return True
+
+
+def evaluations(output):
+    """How many evaluations the script has reported so far."""
+    path = Path(output)
+    return sum(line.startswith("step ") for line in path.read_text("utf-8").splitlines()) if path.exists() else 0
+
+
+def run(script, argv, output, folder, dies_in):
+    """The child: the script as __main__."""
+    import torch
+
+    torch.set_num_threads(1)  # runs that are to agree bit by bit need the same number
+    os.chdir(folder)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+    if dies_in:
+        die_in(*dies_in)
+    sys.argv = [script, *argv]
+    runpy.run_path(script, run_name="__main__")
+
+
+def die_in(name, call):
+    """Let the process kill itself in the given call of os.fsync, its file half written, or of os.replace."""
+    real, count = getattr(os, name), itertools.count(1)
+
+    def deadly(*args):
+        if next(count) == call:
+            if name == "fsync":
+                os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+
+    setattr(os, name, deadly)
