@@ -1,11 +1,11 @@
-"""Stage 3: a model that has already read a lot of Polish learns the style of the lyrics (transfer learning).
+"""Stage 3: a model that has read a lot of Polish learns the style of the lyrics.
 
     python gpt_hf.py --input assets/input/input2.txt --epochs 3
-    python gpt_hf.py --model_name FOLDER            # any causal language model in the Hugging Face format
-    python gpt_hf.py --freeze_layers 8 --batch_size 1 --max_steps 50    # a small machine
-    python gpt_hf.py --resume                       # go on after Ctrl-C or a crash
+    python gpt_hf.py --model_name FOLDER    # any causal model on this machine
+    python gpt_hf.py --freeze_layers 8 --batch_size 1  # small machine
+    python gpt_hf.py --resume               # go on after Ctrl-C or a crash
     python gpt_hf.py --sample_only --prompt "Noc nad miastem"
-    torchrun --nproc_per_node=2 gpt_hf.py           # several GPUs
+    torchrun --nproc_per_node=2 gpt_hf.py   # several GPUs
 
 In a Colab cell:  import gpt_hf; gpt_hf.main(["--input", "lyrics.txt"])
 """
@@ -114,7 +114,8 @@ def make_config(given: dict) -> tuple[Config, dict]:
                    if not config.sample_only else "--resume does not go with --sample_only: choose one")
     for name in FIXED & given.keys():
         if given[name] != run["options"][name]:
-            raise Stop(f"--{name} {given[name]} contradicts the run's {run['options'][name]}: leave it out, or train anew")
+            raise Stop(f"--{name} {given[name]} contradicts the run's {run['options'][name]}: leave it out, or leave "
+                       "out --resume")
     return Config(**{**run["options"], **given}), run
 
 
@@ -200,31 +201,36 @@ def prepare(text: str, base: SimpleNamespace, size: int) -> SimpleNamespace:
 def load_pretrained(source: str, config: Config, device) -> SimpleNamespace:
     """A causal language model with float32 weights, its tokenizer, end token and context. Stop says what is wrong."""
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # or a thread asks the Hub to convert .bin weights
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    import huggingface_hub.utils as hub
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
+    hub.logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    enable_progress_bars()  # those of a download
+    hub.enable_progress_bars()  # those of a download
     local = os.path.isdir(source)
     if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1 or os.path.exists(source)):
         raise Stop(f"there is no model folder {source}: name a folder that holds a config.json, or a model of the Hub")
-    where = dict(revision=None if local else config.revision or None, trust_remote_code=False)
-    try:
-        settings = AutoConfig.from_pretrained(source, **where)
-        context = getattr(settings, "max_position_embeddings", None) or sys.maxsize
-        if config.block_size > context:
-            raise Stop(f"--block_size {config.block_size} is beyond the context of {source}: at most {context}")
-        if getattr(settings, "activation_function", "") == "gelu_new":
-            settings.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel: faster, less memory
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        model, report = AutoModelForCausalLM.from_pretrained(source, config=settings, dtype=torch.float32,
-                                                             output_loading_info=True, **where)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as e:
-        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
-        raise Stop(f"{source} holds no causal language model that can be read ({reason}): name another folder" if local
-                   else f"cannot get {source} ({reason}): go online, or give --model_name a local folder") from None
+    for offline in (True, False):  # what was downloaded once needs no network
+        where = dict(revision=not local and config.revision or None, trust_remote_code=False, local_files_only=offline)
+        try:
+            settings = AutoConfig.from_pretrained(source, **where)
+            context = getattr(settings, "max_position_embeddings", None) or sys.maxsize
+            if config.block_size > context:
+                raise Stop(f"--block_size {config.block_size} is beyond the context of {source}: at most {context}")
+            if getattr(settings, "activation_function", "") == "gelu_new":
+                settings.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel: faster, smaller
+            tokenizer = AutoTokenizer.from_pretrained(source, **where)
+            model, report = AutoModelForCausalLM.from_pretrained(source, config=settings, dtype=torch.float32,
+                                                                 output_loading_info=True, **where)
+            break
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as e:
+            reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
+            if local:
+                raise Stop(f"{source} holds no causal language model that can be read ({reason}): name another") from e
+    else:
+        raise Stop(f"cannot get {source} ({reason}): go online, or give --model_name a local folder")
     if report["missing_keys"]:
         raise Stop(f"{source} is incomplete ({min(report['missing_keys'])} is missing): name another model")
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else model.config.eos_token_id
@@ -236,8 +242,13 @@ def load_pretrained(source: str, config: Config, device) -> SimpleNamespace:
     with torch.no_grad():  # does the second token change what is predicted after the first?
         first, second = (model.eval()(torch.tensor([[end, token]])).logits[0, 0] for token in (end, (end + 1) % rows))
     if not torch.allclose(first, second):
-        raise Stop(f"{source} is no causal language model: {type(model).__name__} reads in both directions, as BERT does")
-    model.config.use_cache, model.generation_config = True, sampling_settings(config, end)
+        raise Stop(f"{source} is no causal language model: {type(model).__name__} sees the future, as BERT does")
+    model.config.use_cache = True
+    draw = dict(do_sample=True, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    model.generation_config = GenerationConfig(  # what generate() goes by, here and wherever the folder is loaded
+        **(draw if config.temperature else {}), max_new_tokens=config.max_new_tokens,
+        repetition_penalty=config.repetition_penalty, no_repeat_ngram_size=config.no_repeat_ngram_size,
+        bos_token_id=end, eos_token_id=end, pad_token_id=end)
     return SimpleNamespace(model=model.to(device), tokenizer=tokenizer, end=end, context=context)
 
 
@@ -304,7 +315,8 @@ def read_json(path: Path) -> dict:
 
 def last_checkpoint(folder: str) -> tuple[str, dict]:
     """(the newest whole checkpoint, its state), or ("", {}). The Trainer writes trainer_state.json last."""
-    for path in sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int("0" + path.name[11:]), reverse=True):
+    paths = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit()]
+    for path in sorted(paths, key=lambda path: int(path.name[11:]), reverse=True):
         if state := read_json(path / "trainer_state.json"):
             return str(path), state
     return "", {}
@@ -321,16 +333,6 @@ def set_aside(path: Path, new: Path | None = None):
 
 
 # ---------------------------------------------------------------------------------------------- generate
-def sampling_settings(config: Config, end: int):
-    """The sampling options in the form that generate() reads and that a model folder keeps."""
-    from transformers import GenerationConfig
-
-    draw = dict(do_sample=True, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    return GenerationConfig(
-        **(draw if config.temperature else {}), max_new_tokens=config.max_new_tokens, bos_token_id=end, eos_token_id=end,
-        pad_token_id=end, repetition_penalty=config.repetition_penalty, no_repeat_ngram_size=config.no_repeat_ngram_size)
-
-
 def sample_text(base: SimpleNamespace, config: Config, amp, number: int) -> str:
     """What the model writes after the prompt, to the end of the song at most. Same seed and number, same text.
 
@@ -404,8 +406,9 @@ def catch_signals():
 
 
 class FineTuning:
-    """A run. The Trainer takes the steps and saves, and calls the on_... methods in between. Its state, which checkpoints
-    hold, tells how far the run has come. Rank 0 alone writes and prints.
+    """A run. The Trainer takes the steps and saves, and calls the on_... methods in between.
+
+    Its state, which checkpoints hold, tells how far the run has come. Rank 0 alone writes and prints.
     """
 
     def __init__(self, config: Config, base: SimpleNamespace, data: SimpleNamespace, amp: torch.autocast, device):
@@ -430,7 +433,7 @@ class FineTuning:
     def must_be_finite(self, loss: float, step: int):
         """Stop before anything is saved if the loss is no number any more."""
         if not math.isfinite(loss):
-            raise Stop(f"the loss turned NaN at step {step}; the last good checkpoint is kept: lower --learning_rate", 1)
+            raise Stop(f"the loss is NaN at step {step}; the last good checkpoint is kept: lower --learning_rate", 1)
 
     def on_train_begin(self, args, state, control, **_):
         """A new run is evaluated before it trains: what fine-tuning buys is the difference."""
@@ -545,8 +548,8 @@ class FineTuning:
         rate, longest = copy_rate(texts, self.data.text.replace(END, "\n"))
         metrics = dict(self.metrics(), copy_rate=rate, copy_longest=longest)
         old, new = metrics[f"val_{self.unit}_before"], metrics[f"val_{self.unit}"]
-        result = (f"Validation: {old:.3f} {self.words} before, {new:.3f} after{' (worse!)' * (new > old)}. Copied from the "
-                  f"training text: {rate or 0:.1%} of the samples' runs of 8 words, {longest} words at a stretch.")
+        result = (f"Validation: {old:.3f} {self.words} before, {new:.3f} after{' (worse!)' * (new > old)}. Copied from "
+                  f"the training text: {rate or 0:.1%} of the samples' runs of 8 words, {longest} words at a stretch.")
         rows = "\n".join(f"| {name} | {value} |" for name, value in metrics.items())
         card = CARD.format(config=self.config, result=result, rows=rows, sample=self.config.prompt + texts[0])
         (self.folder / "README.md").write_text(card, encoding="utf-8")
@@ -638,17 +641,21 @@ def run(given: dict) -> dict:
         tuning.say("warning: this tokenizer does not give the text back exactly, so there are no bits per character")
     if tuning.rank == 0:
         versions = {name: version(name) for name in ("torch", "transformers", "datasets", "accelerate")}
-        Path(config.output_dir, "run.json").write_text(json.dumps(dict(
+        (tuning.folder / "run.json.tmp").write_text(json.dumps(dict(
             options=asdict(config), versions=versions, device=str(device), dtype=str(amp.fast_dtype),
             corpus_sha256=sha256, commit=getattr(base.model.config, "_commit_hash", None)), indent=1))
+        os.replace(tuning.folder / "run.json.tmp", tuning.folder / "run.json")
         if not checkpoint:
+            tuning.say("before training it writes:")
             write_samples(base, config, amp, "sample_before.txt")
+    if state and state["max_steps"] != tuning.total:
+        tuning.say(f"note: the learning rate is planned anew for {tuning.total} steps")
     stopped = tuning.fit(checkpoint, state)
     metrics = tuning.metrics() if stopped or tuning.rank else tuning.leave_model()
     if tuning.rank == 0:
         tuning.write_report(metrics)
     if stopped:
-        tuning.say(f"stopped and saved; go on with: python {Path(__file__).name} --resume --output_dir {config.output_dir}")
+        tuning.say(f"stopped and saved; go on with: python gpt_hf.py --resume --output_dir {config.output_dir}")
         return {**metrics, "signal": stopped}
     return metrics
 

@@ -16,6 +16,7 @@ import argparse
 import codecs
 import contextlib
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -29,7 +30,8 @@ import tempfile
 import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+import zipfile
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import tiktoken
@@ -46,8 +48,8 @@ POLISH = "flax-community/papuGaPT2"
 
 # Options that were not given come from the size and the recipe.
 SIZES = {
-    "tiny": dict(n_layer=3, n_head=3, n_embd=192, block_size=64, batch_size=16, max_iters=600, dropout=0.0,
-                 eval_interval=100, sample_interval=200),
+    "tiny": dict(n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=8, max_iters=300, dropout=0.1,
+                 eval_interval=50, sample_interval=100),
     "base": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, max_iters=5000, dropout=0.2,
                  eval_interval=100, sample_interval=500),
 }
@@ -139,17 +141,21 @@ def parse_args(argv) -> dict:
 def make_config(given: dict, device: torch.device, checkpoint: dict | None) -> Config:
     """The whole configuration: what was given, else the checkpoint's, else what size and recipe say, else the default."""
     asked = Config(**given)
+    old = checkpoint["config"] if checkpoint else {}
     size = asked.size if asked.size != "auto" else "base" if device.type == "cuda" else "tiny"
-    known, old = dict(**SIZES[size], **RECIPES[asked.recipe]), checkpoint["config"] if checkpoint else {}
+    known = dict(**SIZES[size], **RECIPES[asked.recipe])
     for name in SHAPE if checkpoint else ():
         if given.get(name, old[name]) != old[name]:
             raise Stop(f"--{name} {given[name]} contradicts the checkpoint's {old[name]}: leave it out, or train anew")
     if asked.resume and given.get("max_iters", math.inf) < old["max_iters"]:
         raise Stop(f"--max_iters {given['max_iters']} is below the checkpoint's {old['max_iters']}: it may only grow")
     known |= old if asked.resume else {name: old[name] for name in SHAPE if checkpoint}
-    config = Config(**{**known, **given, "size": size, "run_dir": asked.run_dir,
-                       "save_path": asked.save_path or f"{asked.run_dir}/model_best.pt",
-                       "output": asked.output or f"{asked.run_dir}/output/sample.txt"})
+    for name, default in (("save_path", "model_best.pt"), ("output", "output/sample.txt")):
+        if not asked.resume or old[name] == f"{old['run_dir']}/{default}":  # a resumed run may have moved
+            known[name] = f"{asked.run_dir}/{default}"
+    config = Config(**{**known, "size": old["size"] if asked.resume else size, **given, "run_dir": asked.run_dir})
+    if config.size == "auto":
+        config = replace(config, size=size)
     if config.n_embd % config.n_head or config.recipe == "modern" and config.n_embd // config.n_head % 2:
         raise Stop(f"--n_embd {config.n_embd} must be divisible by --n_head {config.n_head} (modern: into an even number)")
     return config
@@ -433,7 +439,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.modern, bias = config.modern, not config.modern
         # Three matrices instead of two: at two thirds of the width they have as many parameters.
-        hidden = 32 * round(config.n_embd * 8 / 3 / 32) if config.modern else 4 * config.n_embd
+        hidden = 32 * max(1, round(config.n_embd * 8 / 3 / 32)) if config.modern else 4 * config.n_embd
         self.up = nn.Linear(config.n_embd, 2 * hidden if config.modern else hidden, bias=bias)
         self.down = nn.Linear(hidden, config.n_embd, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
@@ -654,22 +660,36 @@ def save_checkpoint(path: str, checkpoint: dict):
         raise Stop(f"cannot write {path} ({e.strerror}): the last good checkpoint is kept; make room, then --resume", 1) from e
 
 
-def load_checkpoint(path: str) -> dict:
+def load_checkpoint(path: str, name: str = "") -> dict:
     """This stage's checkpoint in a file or at a URL, on the CPU. weights_only: a malicious file cannot run code."""
+    name = name or path  # what the user calls it
     try:
         if "://" in path:
             with tempfile.TemporaryDirectory() as folder:
                 torch.hub.download_url_to_file(path, f"{folder}/download.pt", progress=sys.stderr.isatty())
-                return load_checkpoint(f"{folder}/download.pt")
-        with warnings.catch_warnings(action="ignore"):  # a foreign file gets one line, below
+                return load_checkpoint(f"{folder}/download.pt", path)
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings(action="ignore"):  # a foreign file gets one line, below
+            if archive.testzip():  # torch.load takes damaged numbers as they are
+                raise ValueError
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["stage"] == STAGE and checkpoint["format_version"] == FORMAT_VERSION:
             return checkpoint
-    except OSError as e:  # no file, no such address
-        raise Stop(f"no checkpoint at {path} ({e}): train first, or give the right --run_dir or address") from None
-    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError):
+    except (OSError, http.client.HTTPException) as e:  # no file, no such address
+        raise Stop(f"no checkpoint at {name} ({e}): train first, or give the right --run_dir or address") from None
+    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
         pass
-    raise Stop(f"{path} is no checkpoint of {Path(__file__).name}, or it is damaged: take another, or train again")
+    raise Stop(f"{name} is no checkpoint of {Path(__file__).name}, or it is damaged: take another, or train again")
+
+
+def check_writable(*paths: str):
+    """Stop if a file cannot be written at one of the paths. Leaves no trace."""
+    for path in map(Path, paths):
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(0, "it is a folder")
+            tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())).close()
+        except OSError as e:
+            raise Stop(f"cannot write {path} ({e.strerror}): choose another --run_dir, --save_path or --output") from None
 
 
 def set_aside(path: Path, new: Path | None = None):
@@ -726,12 +746,17 @@ def export_hf(model: GPTLanguageModel, tokenizer: BPETokenizer, folder: str):
 
 
 # ---------------------------------------------------------------------------------------------- generate
+NAN = "the loss turned NaN; the last good checkpoint is kept: lower --learning_rate"
+
+
 def draw_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one token a row from the scores: logits (B, vocab_size), result (B,)."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(dim=-1)
     scores, order = (logits.float() / temperature).sort(dim=-1, descending=True)
     probs = scores[:, :top_k or None].softmax(dim=-1)
+    if probs.isnan().any():
+        raise Stop(NAN, 1)
     if top_p < 1:  # nucleus sampling (Holtzman et al., arXiv:1904.09751)
         probs[probs.cumsum(dim=-1) - probs >= top_p] = 0  # those before it already make up top_p
     return order.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)
@@ -830,6 +855,9 @@ class Trainer:
         self.config, self.model, self.tokenizer, self.device = config, model, tokenizer, next(model.parameters()).device
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.corpus_sha256 = hashlib.sha256(text.encode()).hexdigest()
+        if resumed and resumed["corpus_sha256"] != self.corpus_sha256:
+            raise Stop(f"--input {config.input} (SHA-256 {self.corpus_sha256[:8]}) is not the text that this run began "
+                       f"with ({resumed['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
         self.train_ids, val_ids = (tokenizer.encode(part) for part in split_corpus(text))
         self.val_ids, self.facts = torch.cat((self.train_ids[-1:], val_ids)), describe(tokenizer, self.train_ids)
         if len(self.train_ids) <= config.block_size or not len(val_ids):
@@ -848,27 +876,22 @@ class Trainer:
         # How far the run has come, as its checkpoints hold it. losses: those since the last evaluation.
         self.now = dict(iter=0, best_iter=0, best_val_loss=math.inf, evals_since_best=0, seconds=0.0, losses=[], history=[])
         if resumed:
-            if resumed["corpus_sha256"] != self.corpus_sha256:
-                raise Stop(f"--input {config.input} (SHA-256 {self.corpus_sha256[:8]}) is not the text that this run began "
-                           f"with ({resumed['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
             self.now = {name: resumed[name] for name in self.now}
-            self.scaler.load_state_dict(resumed["scaler"])
+            if resumed["scaler"]:  # empty unless in float16
+                self.scaler.load_state_dict(resumed["scaler"])
             for optimizer, state in zip(self.optimizers, resumed["optimizer"]):
                 optimizer.load_state_dict(state)
 
     def open_folder(self):
         """Make the run's folder; what an earlier run left there moves to previous-<time>, unless this one goes on from it."""
         config, previous = self.config, Path(self.config.run_dir, f"previous-{time.strftime('%Y%m%d-%H%M%S')}")
-        for path in (f"{config.run_dir}/config.json", config.save_path, config.output):
-            try:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=Path(path).parent).close()
-            except OSError as e:
-                raise Stop(f"cannot write {path} ({e.strerror}): choose another --run_dir") from None
+        check_writable(f"{config.run_dir}/config.json", config.save_path, config.output)
         if not config.resume:
             for name in RUN_FILES:
                 set_aside(Path(config.run_dir, name), previous / name)
             set_aside(Path(config.save_path))
+        for path in (config.run_dir, Path(config.save_path).parent):
+            Path(path).mkdir(parents=True, exist_ok=True)
         Path(config.run_dir, "config.json").write_text(json.dumps(dict(
             options=asdict(config), versions=dict(python=sys.version, torch=torch.__version__), device=str(self.device),
             dtype=str(self.amp.fast_dtype), corpus_sha256=self.corpus_sha256), indent=1))
@@ -877,7 +900,7 @@ class Trainer:
         """Write a checkpoint that is enough to go on from, and to sample from; never one whose numbers are not finite."""
         now, finite = self.now, all(p.isfinite().all() for p in self.model.parameters())
         if not finite or not math.isfinite(now["history"][-1]["val_loss"]):
-            raise Stop(f"the loss turned NaN by step {now['iter']}; the last good checkpoint is kept: lower --learning_rate", 1)
+            raise Stop(NAN, 1)
         if self.rank == 0:
             save_checkpoint(path, dict(
                 now, format_version=FORMAT_VERSION, stage=STAGE, model=self.model.state_dict(), scaler=self.scaler.state_dict(),
@@ -995,7 +1018,8 @@ def run(given: dict) -> dict:
     asked, source = Config(**given), given.get("load_url")
     if asked.resume or asked.sample_only and not source:
         source = f"{asked.run_dir}/model_last.pt" if asked.resume else asked.save_path or f"{asked.run_dir}/model_best.pt"
-    checkpoint, device = load_checkpoint(source) if source else None, pick_device(asked.device)
+    checkpoint, device = load_checkpoint(source) if source else None, None
+    device = pick_device(given.get("device", checkpoint["config"]["device"] if asked.resume else "auto"))
     config = make_config(given, device, checkpoint)
     if config.export_hf and (config.recipe == "classic" or config.prune_vocab):
         raise Stop("--export_hf: GPT-2's class has no head bias, as classic has one, and no tokenizer file can hold a "
@@ -1003,6 +1027,9 @@ def run(given: dict) -> dict:
     text = "" if config.sample_only else read_corpus(config.input)
     tokenizer = make_tokenizer(config, text, checkpoint)
     tokenizer.encode(config.prompt)  # does it know all of it?
+    if not config.sample_only and len(text) <= config.block_size:  # before a mask of that size is made
+        raise Stop(f"{config.input} is too short ({len(text):,} characters) for --block_size {config.block_size}, which takes "
+                   f"about {math.ceil((config.block_size + 1) / 0.85) + 1:,}")
     torch.manual_seed(config.seed)
     model = GPTLanguageModel(GPTConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head,
                                        config.n_embd, config.dropout, config.recipe == "modern")).to(device)
@@ -1011,6 +1038,7 @@ def run(given: dict) -> dict:
     except RuntimeError:
         raise Stop(f"the weights in {source} do not fit its options: it is damaged; take another") from None
     if config.sample_only:
+        check_writable(config.output)
         write_samples(model, tokenizer, config, mixed_precision(config.dtype, device))
         if config.export_hf:
             export_hf(model, tokenizer, config.export_hf)

@@ -33,7 +33,6 @@ ROWS = {  # name: (script, recipe, size, options)
     "base, characters, classic": ("gpt", "classic", "base", {}),
     "base, 50,257 entries, batch 16, sliced": ("gpt_tiktoken", "modern", "base", dict(batch_size=16)),
     "base, 50,257 entries, batch 16, plain": ("gpt_tiktoken", "modern", "base", dict(batch_size=16, plain=True)),
-    "base, 50,257 entries, batch 64, sliced": ("gpt_tiktoken", "modern", "base", {}),
 }
 
 
@@ -115,7 +114,7 @@ def main():
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
-        print(json.dumps(measure(args.row, 12 if "tiny" in args.row else 4)))
+        print(json.dumps(measure(args.row, 12 if "tiny" in args.row else 3)))
         return
     print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
     print("| step | seconds | tokens/s | matrix rate, GFLOP/s | share of it | peak memory, GB |\n" + "| --- " * 6 + "|")

@@ -18,6 +18,7 @@ FORKING.set_forkserver_preload(["torch._dynamo", "matplotlib.figure"])
 
 def start(script, argv, output, dies_in=None):
     """Start the script in the current folder. dies_in=("fsync", 3) kills it inside its third call of os.fsync."""
+    Path(output).unlink(missing_ok=True)
     args = (str(script), list(map(str, argv)), os.path.abspath(output), os.getcwd(), dies_in)
     child = FORKING.Process(target=run, args=args, daemon=True)
     child.start()

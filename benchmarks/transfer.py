@@ -1,0 +1,86 @@
+"""Does it pay to read other Polish first? Fine-tuning against training from scratch, on little and on more text.
+
+    python benchmarks/transfer.py --prose PROSE.txt --input TEXT.txt --out FOLDER
+
+1. gpt_tiktoken.py trains a model with a BPE of its own on the prose and exports it (done once, then found in FOLDER).
+2. For the first 20,000, 40,000, 80,000 and all characters of the text's training part: gpt_hf.py fine-tunes that model, and
+   gpt_tiktoken.py trains from scratch with each of the vocabularies of SCRATCH, early stop, the best of them counts.
+All are validated on the last tenth of the text. A run that is in FOLDER already is not made again.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gpt_hf  # noqa: E402
+import gpt_tiktoken  # noqa: E402
+
+SHAPE = ["--n_layer", "4", "--n_head", "4", "--block_size", "128", "--sample_interval", "0", "--device", "cpu"]
+SCRATCH = (500, 2000)  # vocabularies to try
+STEPS = {20_000: "150", 40_000: "250", 80_000: "400", None: "900"}  # characters of training text: most steps from scratch
+
+
+def cut_at(length: int | None):
+    """Make both scripts train on the first characters of the training part; validation stays the text's last tenth."""
+    split = gpt_tiktoken.split_corpus
+
+    def shorter(text):
+        training, validation = split(text)
+        return training[:length], validation
+
+    stack = contextlib.ExitStack()
+    for stage in (gpt_tiktoken, gpt_hf):
+        stack.enter_context(patch.object(stage, "split_corpus", shorter))
+    return stack
+
+
+def once(stage, folder: Path, argv: list) -> dict:
+    """The metrics of a run; a finished one is read, not repeated."""
+    if not (folder / "output" / "sample.txt").exists():
+        where = "--output_dir" if stage is gpt_hf else "--run_dir"
+        stage.main([*argv, where, str(folder)])
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+def main():
+    """Train what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prose", required=True)
+    parser.add_argument("--input", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--iters", default="1500", help="steps of pre-training")
+    args = parser.parse_args()
+    exported = str(args.out / "exported")
+    pretrained = once(gpt_tiktoken, args.out / "pretrained", [
+        "--input", args.prose, *SHAPE, "--n_embd", "256", "--batch_size", "16", "--tokenizer", "custom",
+        "--vocab_size", "4000", "--max_iters", args.iters, "--export_hf", exported])
+    rows = []
+    for length, steps in STEPS.items():
+        with cut_at(length):
+            tuned = once(gpt_hf, args.out / f"tuned-{length}", [
+                "--input", args.input, "--model_name", exported, "--epochs", "8", "--patience", "2", "--batch_size", "8",
+                "--block_size", "128", "--learning_rate", "1e-3", "--num_samples", "1", "--max_new_tokens", "100",
+                "--device", "cpu"])
+            scratch = []
+            for vocab_size in SCRATCH:
+                scratch.append(once(gpt_tiktoken, args.out / f"scratch-{vocab_size}-{length}", [
+                    "--input", args.input, *SHAPE, "--n_embd", "128", "--batch_size", "8", "--dropout", "0.1",
+                    "--tokenizer", "custom", "--vocab_size", str(vocab_size), "--max_iters", steps,
+                    "--eval_interval", "25", "--patience", "6"]))
+        best = min(scratch, key=lambda metrics: metrics["val_bpc"])
+        rows.append((length, tuned, best))
+    print(f"\npre-training: {pretrained['val_bpc']:.3f} bits per character on its own text, {pretrained['seconds']:.0f} s, "
+          f"{pretrained['params']:,} parameters\n")
+    print("| characters | before fine-tuning | fine-tuned | seconds | from scratch | its vocabulary | seconds |")
+    print("| --- " * 7 + "|")
+    for length, tuned, best in rows:
+        print(f"| {length or 'all'} | {tuned['val_bpc_before']:.3f} | {tuned['val_bpc']:.3f} | {tuned['seconds']:.0f} | "
+              f"{best['val_bpc']:.3f} | {best['vocab_size']:,} | {best['seconds']:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

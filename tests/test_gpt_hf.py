@@ -1,0 +1,602 @@
+"""Stage 3: pytest tests/test_gpt_hf.py. Offline: the models are made by hf_models.py, small but real."""
+
+import inspect
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hf_models
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import gpt
+import gpt_hf
+
+TINY = ["--block_size", "32", "--batch_size", "4", "--learning_rate", "3e-3", "--max_new_tokens", "20", "--num_samples",
+        "2", "--device", "cpu", "--dtype", "float32"]
+KEYS = set("stage params vocab_size chars_per_token tokens_per_vocab_entry val_loss val_bpc best_iter iters seconds "
+           "tokens_per_second device dtype seed val_bpc_before copy_rate copy_longest epochs".split())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a corpus and a base model."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "songs.txt").write_text(hf_models.corpus(), encoding="utf-8")
+    hf_models.save(folder / "gpt2", hf_models.gpt2())
+    return folder
+
+
+def arguments(made, out, *more):
+    """The command line of a small run; what is given twice counts the second time."""
+    return ["--input", str(made / "songs.txt"), "--model_name", str(made / "gpt2"), "--output_dir", str(out), *TINY, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(made, tmp_path_factory):
+    """The metrics and the folder of a run of two epochs."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return gpt_hf.main(arguments(made, out, "--epochs", "2")), out
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same(folder, other):
+    """The same weights, bit by bit."""
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def error_of(capsys, argv):
+    """(exit status, the one line on stderr) of a run that must not succeed."""
+    with pytest.raises(SystemExit) as stop:
+        gpt_hf.main(argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return stop.value.code, lines[0]
+
+
+# ------------------------------------------------------------------------------------------------ a whole run
+def test_epochs_are_obeyed_and_each_is_evaluated(finished):
+    metrics, out = finished
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1, 2]
+    assert metrics["epochs"] == 2 and metrics["iters"] == records[-1]["iter"] == 2 * records[1]["iter"]
+    assert all(math.isfinite(record[key]) for record in records for key in ("train_bpc", "val_bpc", "train_loss", "val_loss"))
+    assert metrics["val_bpc_before"] == records[0]["val_bpc"] > metrics["val_bpc"] == min(r["val_bpc"] for r in records)
+    assert metrics["best_iter"] == min(records, key=lambda record: record["val_loss"])["iter"]
+
+
+def test_the_folder_is_a_model_folder_with_our_files(finished):
+    metrics, out = finished
+    assert metrics.keys() >= KEYS and metrics == json.loads((out / "metrics.json").read_text())
+    assert {"README.md", "run.json", "loss.png", "config.json", "generation_config.json", "tokenizer.json"} <= {
+        path.name for path in out.iterdir()}
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert model.dtype == torch.float32 and model.config.use_cache and model.generation_config.repetition_penalty == 1.3
+    ids = tokenizer("Osiedle zasypia", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=5).size(1) > ids["input_ids"].size(1)
+    assert_same(out, out / f"checkpoint-{metrics['best_iter']}")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"{metrics['val_bpc']:.3f}" in card and f"{metrics['val_bpc_before']:.3f}" in card
+    options = json.loads((out / "run.json").read_text())["options"]
+    assert options["epochs"] == 2 and options["block_size"] == 32
+
+
+def test_samples_before_and_after_stand_side_by_side(finished):
+    _, out = finished
+    before, after = ((out / "output" / name).read_text(encoding="utf-8") for name in ("sample_before.txt", "sample.txt"))
+    assert before != after and all(text.count(gpt_hf.SEPARATOR) == 1 for text in (before, after))  # two samples each
+
+
+def test_the_model_learns_where_songs_end(made, finished):
+    base, songs = hf_models.tokenizer(), hf_models.songs(24)[-2:]
+
+    def end_probability(folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        ids = [torch.tensor([base(song)["input_ids"][-32:]]) for song in songs]
+        return sum(model(row).logits[0, -1].softmax(-1)[base.eos_token_id].item() for row in ids)
+
+    assert end_probability(finished[1]) > 1.5 * end_probability(made / "gpt2")
+
+
+def test_the_terminal_shows_our_lines_only(made, tmp_path):
+    argv = arguments(made, tmp_path / "run", "--epochs", "400")
+    with subprocess.Popen([sys.executable, gpt_hf.__file__, *argv], text=True, encoding="utf-8",
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("step") and "epoch 1.00" in line:
+                process.send_signal(signal.SIGTERM)
+        errors = process.stderr.read()
+    assert process.returncode == 143 and errors == ""
+    assert "--resume" in lines[-1] and str(tmp_path / "run") in lines[-1]
+    shown = [line for line in lines[1:] if not line.startswith("step")]
+    assert "parameters" in lines[0] and "\r" not in "".join(lines)
+    assert not any(word in "".join(shown) for word in ("Loading", "Writing", "transformers", "Warning"))
+
+
+# ------------------------------------------------------------------------------------------------ data and metrics
+def test_the_corpus_is_read_and_cut_as_in_stage_1():
+    for name in ("read_corpus", "split_corpus"):
+        assert inspect.getsource(getattr(gpt_hf, name)) == inspect.getsource(getattr(gpt, name))
+    assert (gpt_hf.SEPARATOR, gpt_hf.END) == (gpt.SEPARATOR, gpt.END)
+
+
+def test_special_tokens_inside_a_song_are_ordinary_text(made):
+    base = gpt_hf.load_pretrained(str(made / "gpt2"), gpt_hf.Config(), "cpu")
+    song = f"ktoś mówi {hf_models.END} i śpiewa"
+    ids, exact = gpt_hf.encode(f"{song}{gpt_hf.END}druga", base)
+    assert exact and ids.count(base.end) == 1 and base.tokenizer.decode(ids[:ids.index(base.end)]) == song
+
+
+def test_blocks_hold_all_but_the_last_short_one_and_every_label_counts(made):
+    base = gpt_hf.load_pretrained(str(made / "gpt2"), gpt_hf.Config(), "cpu")
+    text = gpt_hf.read_corpus(str(made / "songs.txt"))
+    data, (train_text, val_text) = gpt_hf.prepare(text, base, 32), gpt_hf.split_corpus(text)
+    ids, val_ids = gpt_hf.encode(train_text, base)[0], gpt_hf.encode(val_text, base)[0]
+    assert data.blocks["input_ids"][:].flatten().tolist() == ids[:len(ids) // 32 * 32]
+    assert torch.equal(data.blocks["labels"][:], data.blocks["input_ids"][:]) and base.end in ids
+    assert base.tokenizer.decode(ids).replace(hf_models.END, gpt_hf.END) == train_text
+    labels = data.val["labels"][:][:, 1:].flatten()  # the first of a row is only read
+    assert labels[labels != -100].tolist() == val_ids
+    assert data.val["input_ids"][0][0] == ids[-1]  # the first is predicted from the last training token
+    assert data.chars == len(val_text)
+
+
+def test_bits_per_character_are_those_of_a_computation_by_hand(made, finished):
+    metrics, out = finished
+    model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    base = gpt_hf.load_pretrained(str(out), gpt_hf.Config(), "cpu")
+    train_text, val_text = gpt_hf.split_corpus(gpt_hf.read_corpus(str(made / "songs.txt")))
+    ids = gpt_hf.encode(train_text, base)[0][-1:] + gpt_hf.encode(val_text, base)[0]
+    bits = 0.0
+    for i in range(1, len(ids)):
+        start = (i - 1) // 32 * 32  # windows of 32 inputs
+        with torch.no_grad():
+            bits -= model(torch.tensor([ids[start:i]])).logits[0, -1].double().log_softmax(-1)[ids[i]].item() / math.log(2)
+    assert metrics["val_bpc"] == pytest.approx(bits / len(val_text), rel=1e-5)
+    assert metrics["val_loss"] == pytest.approx(bits * math.log(2) / (len(ids) - 1), rel=1e-5)
+
+
+def test_the_figure_does_not_depend_on_the_batch_size(made, tmp_path):
+    figures = {gpt_hf.main(arguments(made, tmp_path / size, "--batch_size", size, "--max_steps", "1", "--num_samples", "1")
+                           )["val_bpc_before"] for size in ("1", "5")}
+    assert len(figures) == 1
+
+
+def test_a_tokenizer_that_loses_text_gives_no_bits_per_character(made, tmp_path, capsys):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator(hf_models.VERSES[:20], trainers.WordLevelTrainer(special_tokens=["<end>", "[UNK]"]))
+    lossy = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="[UNK]")
+    hf_models.save(tmp_path / "lossy", hf_models.gpt2(), lossy)
+    metrics = gpt_hf.main(arguments(made, tmp_path / "run", "--model_name", str(tmp_path / "lossy"), "--max_steps", "2"))
+    assert metrics["val_bpc"] is None and metrics["val_bpc_before"] is None and metrics["val_loss"] > 0
+    assert capsys.readouterr().out.count("warning: ") == 1
+
+
+def test_copy_rate_worked_out_by_hand():
+    assert gpt_hf.copy_rate(["a b c x"], "z a b c", length=2) == (2 / 3, 3)
+    source = "raz dwa trzy cztery pięć sześć siedem osiem dziewięć dziesięć"
+    # 12 words hold five runs of eight; the first three are copied; ten words in a row stand in the source
+    assert gpt_hf.copy_rate([f"{source} jedenaście\ndwanaście"], source.replace(" ", "\n")) == (3 / 5, 10)
+    assert gpt_hf.copy_rate(["raz dwa trzy", "cztery pięć"], source) == (None, 3)  # runs do not join two samples
+    assert gpt_hf.copy_rate(["az dwa"], source) == (None, 1)  # whole words only
+    assert gpt_hf.copy_rate([source] * 2, source) == (1.0, 10)
+
+
+# ------------------------------------------------------------------------------------------------ the base model
+@pytest.mark.parametrize("kind", ["bin", "half", "qwen3"])
+def test_other_base_models(made, tmp_path, kind):
+    if kind == "qwen3":
+        hf_models.save(tmp_path / kind, hf_models.qwen3())
+    elif kind == "half":
+        hf_models.save(tmp_path / kind, hf_models.gpt2().half())
+    else:
+        shutil.copytree(made / "gpt2", tmp_path / kind)
+        (tmp_path / kind / "model.safetensors").unlink()
+        torch.save(hf_models.gpt2().state_dict(), tmp_path / kind / "pytorch_model.bin")
+    metrics = gpt_hf.main(arguments(made, tmp_path / "run", "--model_name", str(tmp_path / kind), "--epochs", "1"))
+    assert metrics["val_bpc"] < metrics["val_bpc_before"]
+    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
+    if kind == "bin":  # the same weights in the other format: the same run
+        gpt_hf.main(arguments(made, tmp_path / "twin", "--epochs", "1"))
+        assert_same(tmp_path / "run", tmp_path / "twin")
+
+
+def test_the_faster_activation_is_the_same_function(made):
+    base = gpt_hf.load_pretrained(str(made / "gpt2"), gpt_hf.Config(), "cpu").model
+    twin = transformers.AutoModelForCausalLM.from_pretrained(made / "gpt2").eval()
+    assert twin.config.activation_function == "gelu_new" != base.config.activation_function
+    ids = torch.arange(60)[None]
+    torch.testing.assert_close(base(ids).logits, twin(ids).logits)
+
+
+def test_frozen_layers_stay_and_max_steps_ends(made, tmp_path):
+    metrics = gpt_hf.main(arguments(made, tmp_path / "run", "--freeze_layers", "1", "--max_steps", "3", "--epochs", "9"))
+    assert metrics["iters"] == 3 and metrics["trainable"] < metrics["params"]
+    before, after = weights(made / "gpt2"), weights(tmp_path / "run")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any("wte" in name or "wpe" in name or ".h.0." in name for name in moved)
+    assert any(".h.1." in name for name in moved) and any("ln_f" in name for name in moved)
+
+
+def test_gradient_checkpointing_and_accumulation_change_no_figure(made, tmp_path, recwarn):
+    one = gpt_hf.main(arguments(made, tmp_path / "one", "--max_steps", "4"))
+    two = gpt_hf.main(arguments(made, tmp_path / "two", "--max_steps", "4", "--gradient_checkpointing"))
+    assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)
+    assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
+    half = gpt_hf.main(arguments(made, tmp_path / "half", "--max_steps", "4", "--batch_size", "2",
+                                 "--gradient_accumulation_steps", "2"))
+    assert half["val_loss"] == pytest.approx(one["val_loss"], rel=2e-2)  # dropout is drawn otherwise
+
+
+def test_bfloat16_computes_but_weights_stay_float32(made, tmp_path):
+    metrics = gpt_hf.main(arguments(made, tmp_path / "run", "--dtype", "bfloat16", "--max_steps", "2"))
+    assert metrics["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_patience_ends_the_run_and_the_best_model_is_kept(made, tmp_path, monkeypatch, capsys):
+    losses = iter([9, 9, 4, 3, 1, 2, 1, 5, 1, 6])  # training, validation, training...: the second epoch is the best
+    monkeypatch.setattr(gpt_hf, "evaluate", lambda *_: (float(next(losses)), 1.0))
+    metrics = gpt_hf.main(arguments(made, tmp_path / "run", "--epochs", "9", "--patience", "2"))
+    assert metrics["epochs"] == 4 and metrics["val_loss"] == 2 and metrics["best_iter"] == metrics["iters"] // 2
+    assert_same(tmp_path / "run", tmp_path / "run" / f"checkpoint-{metrics['best_iter']}")
+
+
+# ------------------------------------------------------------------------------------------------ samples
+@pytest.mark.parametrize("prompt", ["Noc nad  miastem, ", f"śpiewa {hf_models.END} i", "\nŁ", ""])
+def test_the_prompt_stays_as_it_is_and_no_position_is_exceeded(finished, prompt, tmp_path, capsys):
+    shutil.copytree(finished[1], tmp_path / "run")
+    same = ["--sample_only", "--output_dir", str(tmp_path / "run"), "--prompt", prompt, "--max_new_tokens", "150",
+            "--num_samples", "2", "--no_repeat_ngram_size", "0", "--device", "cpu", "--dtype", "float32"]
+    outcomes = []
+    for seed in ("1", "1", "2"):
+        gpt_hf.main([*same, "--seed", seed])
+        text = (tmp_path / "run/output/sample.txt").read_text(encoding="utf-8")
+        assert text in capsys.readouterr().out  # what is shown is what is saved
+        outcomes.append(text[:-1].split(gpt_hf.SEPARATOR))
+    assert all(sample.startswith(prompt) for samples in outcomes for sample in samples)
+    assert outcomes[0] == outcomes[1] != outcomes[2] and outcomes[0][0] != outcomes[0][1]
+    assert len(hf_models.tokenizer()(max(sum(outcomes, []), key=len))["input_ids"]) > 64  # longer than the context
+    assert len(list((tmp_path / "run/output").glob("sample.txt.previous-*"))) == 3  # nothing was overwritten
+    assert_same(tmp_path / "run", finished[1])
+
+
+def test_sampling_from_the_folder_gives_the_runs_samples_and_metrics(finished, tmp_path):
+    metrics, out = finished
+    shutil.copytree(out, tmp_path / "run")
+    more = ["--max_new_tokens", "20", "--num_samples", "2", "--device", "cpu", "--dtype", "float32"]
+    assert gpt_hf.main(["--sample_only", "--output_dir", str(tmp_path / "run"), *more]) == metrics
+    assert (tmp_path / "run/output/sample.txt").read_text() == (out / "output/sample.txt").read_text()
+
+
+def test_a_prompt_longer_than_the_context_and_the_likeliest_token(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    prompt = "Liczę drobne w dłoni, starczy na chleb\n" * 9
+    gpt_hf.main(["--sample_only", "--output_dir", str(tmp_path / "run"), "--prompt", prompt, "--max_new_tokens", "9",
+                 "--temperature", "0", "--num_samples", "2"])
+    one, two = (tmp_path / "run/output/sample.txt").read_text(encoding="utf-8")[:-1].split(gpt_hf.SEPARATOR)
+    assert one == two and one.startswith(prompt)
+
+
+# ------------------------------------------------------------------------------------------------ interrupted
+def child(argv, moment):
+    """Run main in a process of its own that kills itself: after a step, or halfway through a file of a checkpoint."""
+    sys.stdout = sys.stderr = io.StringIO()
+    kind, number = moment
+    save, step, count = torch.save, gpt_hf.FineTuning.on_step_begin, 0
+
+    def half_a_file(data, path, *more):
+        nonlocal count
+        count += 1
+        save(data, path, *more)
+        if kind == "write" and count == number:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def last_step(self, *more, **named):
+        step(self, *more, **named)
+        if kind == "step" and more[1].global_step == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save, gpt_hf.FineTuning.on_step_begin = half_a_file, last_step
+    gpt_hf.main(argv)
+
+
+@pytest.fixture(scope="module")
+def spawn():
+    """Start child() in processes that need not import everything again: a server did that once, and forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_models", "transformers.trainer", "datasets", "test_gpt_hf"])
+
+    def start(argv, moment=("", 0)):
+        process = context.Process(target=child, args=(argv, moment))
+        process.start()
+        return process
+
+    return start
+
+
+def test_kills_change_nothing(made, finished, tmp_path, spawn):
+    """SIGKILL halfway through the first checkpoint's optimizer, then in the second epoch: as if nothing had happened."""
+    argv = arguments(made, tmp_path / "run", "--epochs", "2")
+    process = spawn(argv, ("write", 2))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (half,) = (tmp_path / "run").glob("checkpoint-*")
+    assert (half / "model.safetensors").exists() and not (half / "trainer_state.json").exists()
+    assert gpt_hf.last_checkpoint(str(tmp_path / "run")) == ("", {})
+    process = spawn([*argv, "--resume"], ("step", finished[0]["iters"] - 2))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert gpt_hf.last_checkpoint(str(tmp_path / "run"))[0] == str(half)
+    metrics = gpt_hf.main(["--resume", "--output_dir", str(tmp_path / "run")])
+    assert_same(tmp_path / "run", finished[1])
+    clock = ("seconds", "tokens_per_second")
+    assert {key: metrics[key] for key in metrics if key not in clock} == {
+        key: finished[0][key] for key in metrics if key not in clock}
+    assert (tmp_path / "run/output/sample.txt").read_text() == (finished[1] / "output/sample.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_kills_at_random_moments_change_nothing(made, finished, tmp_path, spawn, seed):
+    """Five SIGKILLs a run, at any time, also while the Trainer writes a checkpoint or the final folder is written."""
+    draw, steps = random.Random(seed), finished[0]["iters"]
+    argv = arguments(made, tmp_path / "run", "--epochs", "2")
+    for _ in range(5):
+        moment = draw.choice([("write", draw.randint(1, 6)), ("step", draw.randrange(steps)), ("", 0)])
+        process = spawn(argv, moment)
+        process.join(timeout=None if moment[0] else draw.uniform(0.2, 3))
+        process.kill()
+        process.join()
+        argv = ["--resume", "--output_dir", str(tmp_path / "run")] if (tmp_path / "run/run.json").exists() else argv
+    gpt_hf.main(argv)
+    assert_same(tmp_path / "run", finished[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resume_goes_on(made, finished, tmp_path, monkeypatch, capsys, number):
+    def on_step_begin(self, args, state, control, **_):
+        self.clock = time.perf_counter()
+        if state.global_step == finished[0]["iters"] // 2 + 3:
+            os.kill(os.getpid(), number)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt_hf.FineTuning, "on_step_begin", on_step_begin)
+        metrics = gpt_hf.main(arguments(made, tmp_path / "run", "--epochs", "2"))
+    assert metrics["signal"] == number and metrics["iters"] == finished[0]["iters"] // 2 + 4 and metrics["epochs"] < 2
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert "go on with: python gpt_hf.py --resume --output_dir" in capsys.readouterr().out
+    done = metrics["seconds"]
+    metrics = gpt_hf.main(["--resume", "--output_dir", str(tmp_path / "run")])
+    assert_same(tmp_path / "run", finished[1])
+    assert "signal" not in metrics and metrics["seconds"] > done
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_resume_of_a_finished_run_trains_no_more_unless_epochs_grow(finished, tmp_path):
+    metrics, out = finished
+    shutil.copytree(out, tmp_path / "run")
+    assert gpt_hf.main(["--resume", "--output_dir", str(tmp_path / "run")]) == metrics
+    assert_same(tmp_path / "run", out)
+    more = gpt_hf.main(["--resume", "--output_dir", str(tmp_path / "run"), "--epochs", "3"])
+    assert more["epochs"] == 3 and more["iters"] == metrics["iters"] * 3 // 2
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(made, finished, tmp_path, monkeypatch, capsys):
+    import resource
+    begin, limits = gpt_hf.FineTuning.on_epoch_end, resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def on_epoch_end(self, args, state, control, **named):
+        begin(self, args, state, control, **named)
+        if state.epoch == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # the weights fit, the optimizer does not
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt_hf.FineTuning, "on_epoch_end", on_epoch_end)
+        try:
+            status, line = error_of(capsys, arguments(made, tmp_path / "run", "--epochs", "2"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, ignored)
+    assert status == 1 and "the last good checkpoint is kept" in line
+    gpt_hf.main(["--resume", "--output_dir", str(tmp_path / "run")])
+    assert_same(tmp_path / "run", finished[1])
+
+
+def test_a_loss_that_turns_nan_stops_before_it_is_saved(made, tmp_path, monkeypatch, capsys):
+    def on_step_begin(self, args, state, control, **_):
+        self.clock = time.perf_counter()
+        if state.epoch > 1.2:
+            next(self.base.model.parameters()).data.fill_(math.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt_hf.FineTuning, "on_step_begin", on_step_begin)
+        status, line = error_of(capsys, arguments(made, tmp_path / "run", "--epochs", "3"))
+    assert status == 1 and "NaN" in line and "--learning_rate" in line
+    checkpoint, _ = gpt_hf.last_checkpoint(str(tmp_path / "run"))
+    assert all(tensor.isfinite().all() for tensor in weights(checkpoint).values())
+
+
+# ------------------------------------------------------------------------------------------------ folders
+def test_a_new_run_moves_the_earlier_one_away(made, finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    (tmp_path / "run" / "notes.md").write_text("mine")
+    gpt_hf.main(arguments(made, tmp_path / "run", "--max_steps", "2"))
+    (previous,) = (tmp_path / "run").glob("previous-*")
+    assert {path.name for path in previous.iterdir()} == {path.name for path in finished[1].iterdir()}
+    assert_same(previous, finished[1])
+    assert (previous / "metrics.json").read_text() == (finished[1] / "metrics.json").read_text()
+    assert (tmp_path / "run" / "notes.md").read_text() == "mine"
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["iters"] == 2
+
+
+def test_a_folder_that_is_not_a_runs_is_left_alone(made, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    status, line = error_of(capsys, arguments(made, tmp_path))
+    assert status == 2 and "README.md" in line and os.listdir(tmp_path) == ["README.md"]
+    status, line = error_of(capsys, arguments(made, made / "gpt2"))
+    assert status == 2 and sorted(os.listdir(made)) == ["gpt2", "songs.txt"]
+    assert not any("previous" in name or name == "run.json" for name in os.listdir(made / "gpt2"))
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+def broken(made, kind, folder):
+    """A model folder with a fault."""
+    if kind == "no_end":
+        return hf_models.save(folder, hf_models.gpt2(eos_token_id=None, bos_token_id=None), hf_models.tokenizer(end=None))
+    if kind == "big_tokenizer":
+        return hf_models.save(folder, hf_models.gpt2(vocab_size=300))
+    if kind == "bert":
+        return hf_models.save(folder, hf_models.bert())
+    shutil.copytree(made / "gpt2", folder)
+    file = folder / dict(config="config.json", tokenizer="tokenizer.json").get(kind, "model.safetensors")
+    if kind == "foreign":
+        hf_models.qwen3().save_pretrained(folder / "other")
+        shutil.move(folder / "other" / "model.safetensors", file)
+    elif kind == "remote_code":
+        config = json.loads((folder / "config.json").read_text())
+        config |= dict(model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"})
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "mine.py").write_text("raise SystemExit('code of a model ran')")
+    elif kind == "no_weights":
+        (folder / "model.safetensors").unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:len(file.read_bytes()) // 2])
+    return folder
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("no_end", "no end token"), ("big_tokenizer", "does not fit"), ("bert", "no causal language model"),
+    ("cut", "no causal language model that can be read"), ("config", "can be read"), ("foreign", "incomplete"),
+    ("remote_code", "can be read"), ("no_weights", "can be read"), ("tokenizer", "can be read")])
+def test_base_models_that_do_not_work(made, tmp_path, capsys, kind, words):
+    folder = broken(made, kind, tmp_path / "model")
+    status, line = error_of(capsys, arguments(made, tmp_path / "run", "--model_name", str(folder)))
+    assert status == 2 and words in line and str(folder) in line
+    assert not (tmp_path / "run").exists()
+
+
+FILES = {"empty": b"", "blank": b"\n \n", "zeros": b"abc\0def", "latin": "źdźbło\n".encode("iso-8859-2") * 99,
+         "utf16": "źdźbło\n".encode("utf-16") * 99, "short": "Krótki wiersz\n".encode() * 3}
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("missing", "cannot read"), ("empty", "empty"), ("blank", "empty"), ("zeros", "not a text file"),
+    ("latin", "not UTF-8"), ("utf16", "UTF-16"), ("short", "too short")])
+def test_texts_that_do_not_work(made, tmp_path, capsys, kind, words):
+    if kind in FILES:
+        (tmp_path / "text").write_bytes(FILES[kind])
+    status, line = error_of(capsys, arguments(made, tmp_path / "run", "--input", str(tmp_path / "text")))
+    assert status == 2 and words in line and os.listdir(tmp_path) == ["text"] * (kind in FILES)
+
+
+def test_a_short_text_is_told_a_length_that_is_enough(made, tmp_path, capsys):
+    (tmp_path / "text").write_bytes(FILES["short"])
+    _, line = error_of(capsys, arguments(made, tmp_path / "run", "--input", str(tmp_path / "text")))
+    enough = int(line.rsplit(" ", 1)[1].replace(",", ""))
+    (tmp_path / "text").write_text(("Krótki wiersz\n" * enough)[:enough], encoding="utf-8")
+    assert gpt_hf.main(arguments(made, tmp_path / "run", "--input", str(tmp_path / "text"), "--epochs", "1"))["iters"] == 1
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--block_size", "65"], "at most 64"), (["--block_size", "-1"], "--block_size"), (["--epochs", "0"], "--epochs"),
+    (["--learning_rate", "nan"], "finite"), (["--learning_rate", "inf"], "finite"), (["--epoch", "3"], "--epoch"),
+    (["--top_p", "1.5"], "--top_p"), (["--freeze_layers", "3"], "has 2"), (["--dtype", "float16"], "float16"),
+    (["--device", "cuda"], "cuda"), (["--batch_size", "two"], "--batch_size"), (["--model_name", "x y"], "x y"),
+    (["--model_name", "/nowhere/at/all"], "no model folder"), (["--resume"], "no run to resume"),
+    (["--sample_only"], "no model in"),
+    (["--resume", "--sample_only"], "choose one"), (["stray"], "stray")])
+def test_options_that_do_not_work(made, tmp_path, capsys, argv, words):
+    if "cuda" in argv and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    status, line = error_of(capsys, arguments(made, tmp_path / "run", *argv))
+    assert status == 2 and words in line and os.listdir(tmp_path) == []
+
+
+def test_an_output_that_cannot_be_written(made, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    status, line = error_of(capsys, arguments(made, tmp_path / "file" / "run"))
+    assert status == 2 and "cannot write" in line and (tmp_path / "file").read_text() == "mine"
+
+
+def test_resume_refuses_another_text_or_recipe(made, finished, tmp_path, capsys):
+    shutil.copytree(finished[1], tmp_path / "run")
+    resume = ["--resume", "--output_dir", str(tmp_path / "run")]
+    status, line = error_of(capsys, [*resume, "--learning_rate", "1e-5"])
+    assert status == 2 and "1e-05" in line and "0.003" in line
+    status, line = error_of(capsys, [*resume, "--epochs", "1"])
+    assert status == 2 and "may only grow" in line
+    (tmp_path / "other.txt").write_text(hf_models.corpus(12), encoding="utf-8")
+    status, line = error_of(capsys, [*resume, "--input", str(tmp_path / "other.txt")])
+    assert status == 2 and "not the text" in line
+    (tmp_path / "run" / "run.json").write_text("{")
+    assert error_of(capsys, resume)[0] == 2
+
+
+def test_a_hub_that_cannot_be_reached(made, tmp_path):
+    code = ("import gpt_hf, sys\nassert not {'transformers', 'datasets'} & sys.modules.keys()\n"  # importing does nothing
+            f"gpt_hf.main(['--input', {str(made / 'songs.txt')!r}, '--output_dir', {str(tmp_path / 'run')!r}])")
+    # Port 9 refuses at once; the Hub's client tries again five times, and would sleep for 23 seconds in between.
+    sleepless = "import time\ntime.sleep = lambda seconds: None\n"
+    for before, setting in (("", dict(HF_HUB_OFFLINE="1")), (sleepless, dict(HF_ENDPOINT="http://127.0.0.1:9"))):
+        done = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True, timeout=120,
+                              cwd=Path(gpt_hf.__file__).parent, env={**os.environ, "HF_HOME": str(tmp_path), **setting})
+        (line,) = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and line.startswith("error: cannot get flax-community/papuGaPT2")
+        assert "go online" in line and "local folder" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        gpt_hf.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(len(line) <= 80 for line in text.splitlines())
+    assert all(f"--{name}" in text for name in gpt_hf.Config.__dataclass_fields__)
+    seen = []
+    monkeypatch.setattr(gpt_hf, "run", lambda given: seen.append(given) or {})
+    monkeypatch.setattr(sys, "argv", ["gpt_hf.py", *"--input assets/input/input2.txt --epochs 3".split()])
+    gpt_hf.main()
+    monkeypatch.setattr(gpt_hf, "IN_NOTEBOOK", True)
+    gpt_hf.main()
+    assert seen == [dict(input="assets/input/input2.txt", epochs=3), {}]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(made, tmp_path):
+    hf_models.save(tmp_path / "base", hf_models.gpt2(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    same = ["--model_name", str(tmp_path / "base"), "--epochs", "1"]
+    one = gpt_hf.main(arguments(made, tmp_path / "one", *same, "--batch_size", "4"))
+    argv = arguments(made, tmp_path / "two", *same, "--batch_size", "2")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", gpt_hf.__file__, *argv],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two/metrics.json").read_text())
+    assert two["iters"] == one["iters"] and two["val_bpc_before"] == pytest.approx(one["val_bpc_before"], rel=1e-6)
+    assert two["val_bpc"] == pytest.approx(one["val_bpc"], rel=1e-3)
+    assert done.stdout.count("epoch 1.00") == 1  # rank 0 alone speaks
