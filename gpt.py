@@ -120,6 +120,8 @@ def parse_args(argv) -> dict:
         low, high = f.metadata["low"], f.metadata["high"]
         if low is not None and f.name in given and not low <= given[f.name] <= high:
             raise Stop(f"--{f.name} {given[f.name]}: must be a finite number, at least {low} and at most {high:g}")
+    if "prompt" in given:  # a shell hands on half a character, too
+        given["prompt"] = given["prompt"].encode(errors="ignore").decode()
     return given
 
 
@@ -672,6 +674,12 @@ class Trainer:
         Path(config.run_dir, "config.json").write_text(json.dumps(dict(
             options=asdict(config), versions=dict(python=sys.version, torch=torch.__version__), device=str(self.device),
             dtype=str(self.amp.fast_dtype), corpus_sha256=self.corpus_sha256), indent=1))
+        self.write_history()
+
+    def write_history(self):
+        """Write metrics.jsonl: a line for each evaluation that this run has behind it, none that a kill has undone."""
+        lines = "".join(json.dumps(record) + "\n" for record in self.now["history"])
+        Path(self.config.run_dir, "metrics.jsonl").write_text(lines, encoding="utf-8")
 
     def save(self, path: str):
         """Write a checkpoint that is enough to go on from, and to sample from; never one whose numbers are not finite."""
@@ -724,8 +732,7 @@ class Trainer:
         for path in [config.save_path] * better + [f"{config.run_dir}/model_last.pt"]:
             self.save(path)
         if self.rank == 0:
-            lines = "".join(json.dumps(record) + "\n" for record in now["history"])
-            Path(config.run_dir, "metrics.jsonl").write_text(lines, encoding="utf-8")
+            self.write_history()
         self.say(f"step {now['iter']:>5}  train {train_loss:.3f}  val {val_loss:.3f} nats/token = {val_bpc:.3f} "
                  f"bits/char  {self.metrics()['chars_per_second']:,.0f} chars/s{'  best' if better else ''}")
 
@@ -736,11 +743,11 @@ class Trainer:
         with catch_signals() as caught, tqdm(total=config.max_iters, initial=start, unit="step", leave=False,
                                              dynamic_ncols=True, disable=hidden) as bar:
             while True:
-                if now["iter"] > start or not start:  # a resumed run has done this before
-                    if now["iter"] % config.eval_interval == 0 or now["iter"] == config.max_iters:
-                        self.check_up()
-                    if config.sample_interval and now["iter"] and now["iter"] % config.sample_interval == 0:
-                        self.say("".join(sample_text(self.model, self.tokenizer, config, self.amp, length=120)) + "\n")
+                seen = now["history"][-1]["iter"] if now["history"] else -1  # a resumed run has looked at this step before
+                if (now["iter"] % config.eval_interval == 0 or now["iter"] == config.max_iters) and seen < now["iter"]:
+                    self.check_up()
+                if config.sample_interval and now["iter"] > start and now["iter"] % config.sample_interval == 0:
+                    self.say("".join(sample_text(self.model, self.tokenizer, config, self.amp, length=120)) + "\n")
                 if now["iter"] == config.max_iters or 0 < config.patience <= now["evals_since_best"]:
                     return 0
                 stop = torch.tensor(caught[0] if caught else 0)
@@ -821,7 +828,7 @@ def run(given: dict) -> dict:
     trainer.say(f"{config.size}, {config.recipe}, {trainer.metrics()['params']:,} parameters on {device} in "
                 f"{trainer.metrics()['dtype']}: {len(text):,} characters, {config.max_iters} steps of "
                 f"{trainer.tokens_per_step:,} tokens")
-    trainer.say(", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in trainer.facts.items()))
+    trainer.say(", ".join(f"{name.replace('_', ' ')} {round(value, 3):,}" for name, value in trainer.facts.items()))
     if config.resume and config.max_iters > checkpoint["config"]["max_iters"]:
         trainer.say(f"note: the learning rate is planned anew for {config.max_iters} steps")
     stopped = trainer.train()

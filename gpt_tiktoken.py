@@ -1,15 +1,16 @@
-"""Stage 2: the same GPT on sub-words instead of characters, to see what they buy and what they cost.
+"""Stage 2: the same GPT on sub-words: what they buy, and what they cost.
 
-    python gpt_tiktoken.py          # OpenAI's gpt2 vocabulary: 50,257 entries; without network, one of the text's own
+    python gpt_tiktoken.py              # OpenAI's gpt2 vocabulary
     python gpt_tiktoken.py --input assets/input/input2.txt --max_iters 5000
-    python gpt_tiktoken.py --tokenizer custom --vocab_size 2000     # a BPE trained on your text
-    python gpt_tiktoken.py --tokenizer polish                       # the vocabulary of a Polish GPT-2
-    python gpt_tiktoken.py --resume          # go on after Ctrl-C or a crash
-    python gpt_tiktoken.py --sample_only --prompt "Noc nad miastem" --num_samples 3
+    python gpt_tiktoken.py --tokenizer custom --vocab_size 2000   # of your text
+    python gpt_tiktoken.py --tokenizer polish           # that of a Polish GPT-2
+    python gpt_tiktoken.py --resume         # go on after Ctrl-C or a crash
+    python gpt_tiktoken.py --sample_only --prompt "Noc nad miastem"
     torchrun --nproc_per_node=2 gpt_tiktoken.py --size base      # several GPUs
 
-In a Colab cell:  import gpt_tiktoken; gpt_tiktoken.main(["--input", "lyrics.txt", "--tokenizer", "custom"])
-The model and its training are those of gpt.py; new are the tokenizer, the sliced loss and the export.
+In a Colab cell:  import gpt_tiktoken; gpt_tiktoken.main(["--input", "a.txt"])
+The model and its training are those of gpt.py; new are the tokenizer, the loss
+in slices and the export to Hugging Face.
 """
 
 import argparse
@@ -135,6 +136,8 @@ def parse_args(argv) -> dict:
         low, high = f.metadata["low"], f.metadata["high"]
         if low is not None and f.name in given and not low <= given[f.name] <= high:
             raise Stop(f"--{f.name} {given[f.name]}: must be a finite number, at least {low} and at most {high:g}")
+    if "prompt" in given:  # a shell hands on half a character, too
+        given["prompt"] = given["prompt"].encode(errors="ignore").decode()
     return given
 
 
@@ -209,7 +212,7 @@ class BPETokenizer:
     def encode(self, text: str) -> torch.Tensor:
         """Token numbers, shape (n,), in a small integer type."""
         # Between a line break and a letter every such tokenizer cuts anyway: lines can be encoded side by side.
-        songs = [re.split(r"(?<=\S\n)(?=\S)", song) for song in text.split(END)]
+        songs = [re.split(r"(?<=\S\n)(?=[^\s/])", song) for song in text.split(END)]
         lines = iter(self.core.encode_batch_fast([line for song in songs for line in song], add_special_tokens=False))
         ids = []
         for song in songs:
@@ -263,7 +266,8 @@ def tiktoken_tokenizer(name: str) -> Tokenizer:
     from transformers.convert_slow_tokenizer import TikTokenConverter  # here, as it takes seconds to import
 
     encoding = tiktoken.get_encoding(name)
-    converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=[END_TEXT])
+    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # to the other engine that + would mean: again and again
+    converter = TikTokenConverter(pattern=pattern, extra_special_tokens=[END_TEXT])
     converter.load_tiktoken_bpe = lambda path: encoding._mergeable_ranks
     return converter.converted()
 
@@ -274,18 +278,23 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         if path.is_dir() and not file.exists():
             return byte_level(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt")))
-        return Tokenizer.from_file(str(file))
+        core = Tokenizer.from_file(str(file))
     except Exception as e:
         if type(e) is not Exception:  # the library raises nothing narrower
             raise
         raise Stop(f"--tokenizer_path {path} holds no tokenizer ({e}): give a tokenizer.json, or a folder with vocab.json "
                    "and merges.txt") from None
+    if not isinstance(core.model, models.BPE):
+        raise Stop(f"--tokenizer_path {path} holds no tokenizer of BPE kind: take another")
+    return core
 
 
 def find_tokenizer(config: Config, text: str) -> tuple[Tokenizer, str]:
     """The tokenizer that was asked for, and what it is; auto: the file, else tiktoken's, else one of the text's own."""
     kind, path = config.tokenizer, Path(config.tokenizer_path)
-    if config.tokenizer_path and kind != "tiktoken" and (path.exists() or kind == "polish"):
+    if config.tokenizer_path and kind == "tiktoken":
+        raise Stop("--tokenizer tiktoken takes no --tokenizer_path: leave one of them out")
+    if config.tokenizer_path and (path.exists() or kind == "polish"):
         return read_tokenizer(path), str(path)
     if kind == "polish":
         from transformers import AutoTokenizer
@@ -298,7 +307,7 @@ def find_tokenizer(config: Config, text: str) -> tuple[Tokenizer, str]:
     if kind in ("auto", "tiktoken"):
         try:
             return tiktoken_tokenizer(config.encoding), f"tiktoken's {config.encoding}"
-        except OSError as e:
+        except (OSError, ValueError) as e:  # ValueError: something else came in place of the file
             note = f"tiktoken's {config.encoding} cannot be fetched ({type(e).__name__})"
             if kind == "tiktoken":
                 raise Stop(f"{note}: go online once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or take --tokenizer "
@@ -311,9 +320,12 @@ def make_tokenizer(config: Config, text: str, checkpoint: dict | None) -> BPETok
     """The checkpoint's tokenizer, or a new one for the text. Stop if it would lose a character of the text."""
     if checkpoint:
         tokenizer = BPETokenizer(**checkpoint["tokenizer"])
-        path = Path(config.tokenizer_path)
-        if config.tokenizer_path and path.exists() and BPETokenizer(read_tokenizer(path).to_str()).pieces != tokenizer.pieces:
-            raise Stop(f"--tokenizer_path {path} is not the tokenizer that the checkpoint was trained with: leave it out")
+        path, keep = Path(config.tokenizer_path), tokenizer.state["keep"]
+        if config.tokenizer_path and path.exists():
+            core = read_tokenizer(path)
+            vocab = core.get_vocab()
+            if keep and max(keep) >= len(vocab) or BPETokenizer(core.to_str(), keep).pieces != tokenizer.pieces:
+                raise Stop(f"--tokenizer_path {path} is not the tokenizer that the checkpoint was trained with: leave it out")
         return tokenizer
     core, name = find_tokenizer(config, text)
     if os.environ.get("RANK", "0") == "0":
@@ -328,6 +340,17 @@ def make_tokenizer(config: Config, text: str, checkpoint: dict | None) -> BPETok
         single = {i for i, piece in enumerate(tokenizer.pieces) if len(piece) == 1}  # the bytes, and the end of a song
         tokenizer = BPETokenizer(source, sorted(seen | single), tokenizer.start)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: BPETokenizer, config: Config):
+    """Write RUN_DIR/tokenizer.json, and a new custom tokenizer at --tokenizer_path. A file that was given stays as it is."""
+    ours, given = Path(config.run_dir, "tokenizer.json"), Path(config.tokenizer_path)
+    if not config.resume and not (config.tokenizer_path and given.resolve() == ours.resolve()):
+        set_aside(ours, Path(config.run_dir, f"previous-{time.strftime('%Y%m%d-%H%M%S')}", ours.name))
+    for path in [ours] + [given] * (bool(config.tokenizer_path) and not config.resume):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(tokenizer.state["source"], encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------- data
@@ -641,8 +664,7 @@ def evaluate(model, ids, tokenizer, config: Config, amp, rank=0, world=1) -> tup
 
 # ---------------------------------------------------------------------------------------------- checkpoint
 FORMAT_VERSION = 1
-RUN_FILES = ("config.json", "metrics.jsonl", "metrics.json", "loss.png", "model_best.pt", "model_last.pt", "output",
-             "tokenizer.json")
+RUN_FILES = ("config.json", "metrics.jsonl", "metrics.json", "loss.png", "model_best.pt", "model_last.pt", "output")
 
 
 def save_checkpoint(path: str, checkpoint: dict):
@@ -700,6 +722,18 @@ def set_aside(path: Path, new: Path | None = None):
     if path.exists():
         new.parent.mkdir(parents=True, exist_ok=True)
         path.rename(new)
+
+
+def check_paths(config: Config):
+    """Stop if --export_hf or --tokenizer_path asks for what cannot be: found before the training, not after it."""
+    if config.export_hf and (config.recipe == "classic" or config.prune_vocab):
+        raise Stop("--export_hf: GPT-2's class has no head bias, as classic has one, and no tokenizer file can hold a "
+                   "pruned vocabulary: take --recipe modern without --prune_vocab")
+    used = (Path.cwd(), Path(config.run_dir).resolve())
+    if config.export_hf and any(place.is_relative_to(Path(config.export_hf).resolve()) for place in used):
+        raise Stop(f"--export_hf {config.export_hf} is a folder in use: name one of its own")
+    check_writable(*[f"{config.export_hf}/config.json"] * bool(config.export_hf),
+                   *[config.tokenizer_path] * (bool(config.tokenizer_path) and not Path(config.tokenizer_path).exists()))
 
 
 def export_hf(model: GPTLanguageModel, tokenizer: BPETokenizer, folder: str):
@@ -895,6 +929,12 @@ class Trainer:
         Path(config.run_dir, "config.json").write_text(json.dumps(dict(
             options=asdict(config), versions=dict(python=sys.version, torch=torch.__version__), device=str(self.device),
             dtype=str(self.amp.fast_dtype), corpus_sha256=self.corpus_sha256), indent=1))
+        self.write_history()
+
+    def write_history(self):
+        """Write metrics.jsonl: a line for each evaluation that this run has behind it, none that a kill has undone."""
+        lines = "".join(json.dumps(record) + "\n" for record in self.now["history"])
+        Path(self.config.run_dir, "metrics.jsonl").write_text(lines, encoding="utf-8")
 
     def save(self, path: str):
         """Write a checkpoint that is enough to go on from, and to sample from; never one whose numbers are not finite."""
@@ -947,8 +987,7 @@ class Trainer:
         for path in [config.save_path] * better + [f"{config.run_dir}/model_last.pt"]:
             self.save(path)
         if self.rank == 0:
-            lines = "".join(json.dumps(record) + "\n" for record in now["history"])
-            Path(config.run_dir, "metrics.jsonl").write_text(lines, encoding="utf-8")
+            self.write_history()
         self.say(f"step {now['iter']:>5}  train {train_loss:.3f}  val {val_loss:.3f} nats/token = {val_bpc:.3f} "
                  f"bits/char  {self.metrics()['chars_per_second']:,.0f} chars/s{'  best' if better else ''}")
 
@@ -959,11 +998,11 @@ class Trainer:
         with catch_signals() as caught, tqdm(total=config.max_iters, initial=start, unit="step", leave=False,
                                              dynamic_ncols=True, disable=hidden) as bar:
             while True:
-                if now["iter"] > start or not start:  # a resumed run has done this before
-                    if now["iter"] % config.eval_interval == 0 or now["iter"] == config.max_iters:
-                        self.check_up()
-                    if config.sample_interval and now["iter"] and now["iter"] % config.sample_interval == 0:
-                        self.say("".join(sample_text(self.model, self.tokenizer, config, self.amp, length=120)) + "\n")
+                seen = now["history"][-1]["iter"] if now["history"] else -1  # a resumed run has looked at this step before
+                if (now["iter"] % config.eval_interval == 0 or now["iter"] == config.max_iters) and seen < now["iter"]:
+                    self.check_up()
+                if config.sample_interval and now["iter"] > start and now["iter"] % config.sample_interval == 0:
+                    self.say("".join(sample_text(self.model, self.tokenizer, config, self.amp, length=120)) + "\n")
                 if now["iter"] == config.max_iters or 0 < config.patience <= now["evals_since_best"]:
                     return 0
                 stop = torch.tensor(caught[0] if caught else 0)
@@ -1021,9 +1060,7 @@ def run(given: dict) -> dict:
     checkpoint, device = load_checkpoint(source) if source else None, None
     device = pick_device(given.get("device", checkpoint["config"]["device"] if asked.resume else "auto"))
     config = make_config(given, device, checkpoint)
-    if config.export_hf and (config.recipe == "classic" or config.prune_vocab):
-        raise Stop("--export_hf: GPT-2's class has no head bias, as classic has one, and no tokenizer file can hold a "
-                   "pruned vocabulary: take --recipe modern without --prune_vocab")
+    check_paths(config)
     text = "" if config.sample_only else read_corpus(config.input)
     tokenizer = make_tokenizer(config, text, checkpoint)
     tokenizer.encode(config.prompt)  # does it know all of it?
@@ -1046,13 +1083,11 @@ def run(given: dict) -> dict:
     trainer = Trainer(config, model, tokenizer, text, checkpoint if config.resume else None)
     if trainer.rank == 0:
         trainer.open_folder()
-        for path in {f"{config.run_dir}/tokenizer.json", config.tokenizer_path or f"{config.run_dir}/tokenizer.json"}:
-            if not Path(path).exists():
-                Path(path).write_text(tokenizer.state["source"], encoding="utf-8")
+        save_tokenizer(tokenizer, config)
     trainer.say(f"{config.size}, {config.recipe}, {trainer.metrics()['params']:,} parameters on {device} in "
                 f"{trainer.metrics()['dtype']}: {len(text):,} characters, {config.max_iters} steps of "
                 f"{trainer.tokens_per_step:,} tokens")
-    trainer.say(", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in trainer.facts.items()))
+    trainer.say(", ".join(f"{name.replace('_', ' ')} {round(value, 3):,}" for name, value in trainer.facts.items()))
     if config.resume and config.max_iters > checkpoint["config"]["max_iters"]:
         trainer.say(f"note: the learning rate is planned anew for {config.max_iters} steps")
     stopped = trainer.train()

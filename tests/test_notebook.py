@@ -41,7 +41,8 @@ def executed(notebook, tmp_path_factory):
         (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / path.relative_to(ROOT))
     hf_models.save(folder / "toy_model", hf_models.gpt2())
-    changed = dict(MLODY_TOY="1", HF_HUB_OFFLINE="1", PIP_NO_INDEX="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
+    changed = dict(MLODY_TOY="1", HF_HUB_OFFLINE="1", PIP_NO_INDEX="1", PIP_DISABLE_PIP_VERSION_CHECK="1",
+                   OMP_NUM_THREADS="1")  # several threads wait for each other on a busy machine
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     try:

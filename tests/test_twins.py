@@ -24,7 +24,6 @@ EXEMPT = {  # what both define and may write differently
     "RECIPES": "the original project decayed weights by 0.01 in stage 1, by 0.1 in stage 2",
     "SHAPE": "stage 2's weights depend on the tokenizer, too",
     "Config.run_dir": "each stage has a folder of its own",
-    "RUN_FILES": "stage 2's run holds its tokenizer.json, too",
     "SEPARATOR": "stage 2 needs the words inside it by themselves",
     "make_tokenizer": "characters here; tiktoken's, custom or Polish sub-words there",
     "describe": "stage 2 says more about its vocabulary",
