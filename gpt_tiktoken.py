@@ -694,7 +694,7 @@ def load_checkpoint(path: str, name: str = "") -> dict:
             if archive.testzip():  # torch.load takes damaged numbers as they are
                 raise ValueError
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["stage"] == STAGE and checkpoint["format_version"] == FORMAT_VERSION:
+        if isinstance(checkpoint, dict) and (checkpoint["stage"], checkpoint["format_version"]) == (STAGE, FORMAT_VERSION):
             return checkpoint
     except (OSError, http.client.HTTPException) as e:  # no file, no such address
         raise Stop(f"no checkpoint at {name} ({e}): train first, or give the right --run_dir or address") from None

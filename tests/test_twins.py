@@ -100,8 +100,11 @@ def complaints(one, two, exempt=EXEMPT, grows=GROWN):
 
 
 # ---------------------------------------------------------------------------------------------- the same text
+KNOWN = complaints(ONE, TWO)
+
+
 def test_twins_are_the_same_to_the_letter():
-    wrong, different = complaints(ONE, TWO), differences(ONE, TWO)
+    wrong, different = KNOWN, differences(ONE, TWO)
     for name in sorted(wrong):
         print(f"--- {name}:", *different.get(name, ["an exemption without a difference"]), sep="\n+++\n")
     assert not wrong
@@ -153,14 +156,14 @@ def test_a_change_on_one_side_is_found(side, name, old, new):
     sources = [ONE, TWO]
     assert sources[side].count(old) == 1
     sources[side] = sources[side].replace(old, new)
-    assert complaints(*sources) == {name}
+    assert complaints(*sources) - KNOWN == {name}
 
 
 def test_a_definition_that_moved_is_found():
     for first, second in (("draw_token", "pick_device"), ("Trainer.metrics", "Trainer.save")):
         one, two = pieces(TWO)[first], pieces(TWO)[second]
         swapped = TWO.replace(one, "<here>").replace(two, one).replace("<here>", two)
-        assert complaints(ONE, swapped) == {"the order"}
+        assert complaints(ONE, swapped) - KNOWN == {"the order"}
 
 
 def test_an_exemption_that_is_no_longer_needed_is_found():
@@ -169,7 +172,8 @@ def test_an_exemption_that_is_no_longer_needed_is_found():
         fewer = [{other: "?" for other in table if other != name} for table in (EXEMPT, GROWN)]
         assert name in complaints(ONE, TWO, *fewer)
     for name in ("rotate", "no_such_name", "BPETokenizer", "CharTokenizer.encode"):  # equal, in neither, in one only
-        assert complaints(ONE, TWO, EXEMPT | {name: "?"}) == complaints(ONE, TWO, EXEMPT, GROWN | {name: "?"}) == {name}
+        for tables in ((EXEMPT | {name: "?"}, GROWN), (EXEMPT, GROWN | {name: "?"})):
+            assert complaints(ONE, TWO, *tables) - KNOWN == {name}
 
 
 # ------------------------------------------------------------------------------------------- the same behaviour
