@@ -8,14 +8,12 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import corpus_report as report
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "corpus_report.py"
-SPEC = importlib.util.spec_from_file_location("corpus_report", SCRIPT)
-report = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(report)
 
 END = "\n<|endoftext|>\n"
 SONG_A = """[Zwrotka 1]
