@@ -911,6 +911,7 @@ class Trainer:
         self.now = dict(iter=0, best_iter=0, best_val_loss=math.inf, evals_since_best=0, seconds=0.0, losses=[], history=[])
         if resumed:
             self.now = {name: resumed[name] for name in self.now}
+            self.now["losses"] = [loss.to(self.device) for loss in self.now["losses"]]
             if resumed["scaler"]:  # empty unless in float16
                 self.scaler.load_state_dict(resumed["scaler"])
             for optimizer, state in zip(self.optimizers, resumed["optimizer"]):
@@ -1055,6 +1056,8 @@ IN_NOTEBOOK = "kernel" in os.path.basename(sys.argv[0])  # then sys.argv is the 
 def run(given: dict) -> dict:
     """Train, then sample; or only sample. All that can be wrong is found before anything is written. The metrics."""
     asked, source = Config(**given), given.get("load_url")
+    if asked.resume and source:
+        raise Stop("--resume goes on from the run's own checkpoint, --load_url starts from another: leave one of them out")
     if asked.resume or asked.sample_only and not source:
         source = f"{asked.run_dir}/model_last.pt" if asked.resume else asked.save_path or f"{asked.run_dir}/model_best.pt"
     checkpoint, device = load_checkpoint(source) if source else None, None
