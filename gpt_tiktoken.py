@@ -189,6 +189,8 @@ class BPETokenizer:
         self.state = dict(source=source, keep=keep, start=start)  # what a checkpoint keeps: BPETokenizer(**state) is this one
         self.core, self.start = Tokenizer.from_str(source), start  # start: what a text without a prompt starts from
         self.core.encode_special_tokens = True  # the words <|endoftext|> inside a line mean nothing special
+        self.core.model.dropout = None  # some files ask for random cuts,
+        self.core.no_truncation()  # or for short texts
         if self.core.token_to_id(END_TEXT) is None:
             self.core.add_special_tokens([END_TEXT])
         byte_of, vocab = byte_symbols(), self.core.get_vocab()
@@ -868,6 +870,16 @@ def mixed_precision(name: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, getattr(torch, name), enabled=name != "float32")
 
 
+def compiled(network, device: torch.device):
+    """The network as torch.compile makes it, fewer and larger kernels; as it is, with a note, where no compiler is there."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except RuntimeError as e:
+        print(f"note: --compile finds no compiler here ({type(e).__name__}): the model runs as it is")
+        return network
+    return torch.compile(network)
+
+
 @contextlib.contextmanager
 def catch_signals():
     """Collect Ctrl-C and SIGTERM in a list, so that training stops between two steps."""
@@ -904,7 +916,7 @@ class Trainer:
         if self.world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         self.network = nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
-        self.network = torch.compile(self.network) if config.compile else self.network
+        self.network = compiled(self.network, self.device) if config.compile else self.network
         self.tokens_per_step = config.grad_accum * config.batch_size * config.block_size * self.world
         self.say = tqdm.write if self.rank == 0 else lambda text: None  # prints above the progress bar
         # How far the run has come, as its checkpoints hold it. losses: those since the last evaluation.
@@ -978,7 +990,11 @@ class Trainer:
         """Evaluate, log, keep the best model and the state to go on from."""
         now, config = self.now, self.config
         val_loss, val_bpc = evaluate(self.model, self.val_ids, self.tokenizer, config, self.amp, self.rank, self.world)
-        train_loss = torch.stack(now["losses"]).mean().item() if now["losses"] else val_loss
+        losses = torch.stack(now["losses"]) if now["losses"] else torch.tensor([val_loss], dtype=torch.float64)
+        train_loss = losses.mean() / self.world
+        if self.world > 1:  # each process has seen rows of its own
+            dist.all_reduce(train_loss)
+        train_loss = train_loss.item()
         better = val_loss < now["best_val_loss"]
         now.update(losses=[], evals_since_best=now["evals_since_best"] + 1)
         if better:

@@ -4,8 +4,9 @@
     python benchmarks/compare_stages.py --run --input assets/input/input2.txt --minutes 3      # trains them all first
     python benchmarks/compare_stages.py --run --polish FOLDER --hf MODEL     # with a Polish tokenizer, and with stage 3
 
-Writes comparison.md and comparison.png to assets/results (--out). Each run's best model writes 5 samples of 1,000
-characters, kept in RUN_DIR/samples: as long as the run stays the same, a second call needs no model. --run trains each
+Writes comparison.md and comparison.png to assets/results (--out), and in a folder for each run its metrics, plot and
+samples. Each run's best model writes 5 samples of 1,000 characters, kept in RUN_DIR/samples: as long as the run stays
+the same, a second call needs no model. --run trains each
 model in --runs/NAME for about --minutes of training steps (evaluations come on top) and skips what is finished; stopped
 or killed, the same command goes on. Wants morfeusz2 (requirements-dev.txt): without it, real words are left out.
 """
@@ -18,6 +19,7 @@ import io
 import itertools
 import json
 import math
+import shutil
 import statistics
 import sys
 import tempfile
@@ -431,6 +433,12 @@ def compare(args) -> list[Run]:
     report = markdown(runs, yardstick, Path(args.input).name)
     (out / "comparison.md").write_text(report, encoding="utf-8", newline="\n")
     draw([*runs, yardstick], out / "comparison.png")
+    for run in runs:
+        folder = out / run.name.replace("/", "_")  # a path, where two runs have one name
+        folder.mkdir(exist_ok=True)
+        for name in ("metrics.json", "loss.png"):
+            shutil.copy(run.folder / name, folder)
+        (folder / "samples.txt").write_text(SEPARATOR.join(run.texts), encoding="utf-8", newline="\n")
     print(f"-> {out / 'comparison.md'}, {out / 'comparison.png'}")
     return [*runs, yardstick]
 

@@ -168,6 +168,11 @@ def test_two_runs_are_compared_and_the_second_call_needs_no_model(runs, tmp_path
     assert tables == [13] * 4 + [10] * 5 + [4] * (2 + len(compare.CLAIMS))
     assert report.count("```text") == 3 and real.texts[0].splitlines()[0] in report
     assert Path("out/comparison.png").read_bytes().startswith(b"\x89PNG")
+    for run, folder in zip(ours, runs):
+        kept = Path("out", run.name)
+        assert {path.name for path in kept.iterdir()} == {"metrics.json", "loss.png", "samples.txt"}
+        assert (kept / "metrics.json").read_bytes() == Path(folder, "metrics.json").read_bytes()
+        assert all(text in (kept / "samples.txt").read_text(encoding="utf-8") for text in run.texts)
 
     for model in tmp_path.rglob("*.pt"):
         model.unlink()

@@ -1,0 +1,158 @@
+"""What a GPU makes of gpt.py: training steps, the race of the recipes, generation. benchmarks/gpu.sh runs it in 8 minutes.
+
+    python benchmarks/gpu.py --input assets/input/input2.txt
+    python benchmarks/gpu.py --device cpu --size tiny --seconds 1 --race 30 --tokens 40     # a rehearsal without a GPU
+
+Steps: tokens a second, by model flops the share of the card's own bfloat16 rate (measured here, 4096 x 4096), peak memory;
+attention by hand and torch's fused one, float16 and bfloat16, eager and compiled. Race: classic trains --race steps, what
+counts is when it was best; modern is planned for a quarter and an eighth of them: when is it as good? Generation: one row
+and 64, the best of three. All at --size (base).
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gpt  # noqa: E402
+
+
+def fused_attention(self, x, mask, rope=None, cache=None):
+    """MultiHeadAttention.forward with torch's kernel instead of the four lines by hand; for training only."""
+    B, T, C = x.shape
+    q, k, v = qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+    if self.modern:
+        q, k = gpt.rotate(self.qk_norm(qkv[:2]), rope).to(v.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout.p * self.training, is_causal=True)
+    return self.dropout(self.proj(out.transpose(1, 2).reshape(B, T, C)))
+
+
+def wait(device: str):
+    """A GPU works behind our back: wait until all is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def per_second(work, device: str, seconds: float) -> float:
+    """How often a second `work` runs, after a few rounds that do not count (allocation, compilation)."""
+    for _ in range(3):
+        work()
+    wait(device)
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        for _ in range(5):
+            work()
+        wait(device)
+        count += 5
+    return count / (time.perf_counter() - began)
+
+
+def make_trainer(args, **options) -> gpt.Trainer:
+    """A run of gpt.py that is ready for its first step and writes nothing."""
+    given = dict(options, input=args.input, device=args.device, size=args.size)
+    config = gpt.make_config(given, torch.device(args.device), None)
+    text = gpt.read_corpus(config.input)
+    tokenizer = gpt.make_tokenizer(config, text, None)
+    torch.manual_seed(config.seed)
+    model = gpt.GPTLanguageModel(gpt.GPTConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head,
+                                               config.n_embd, config.dropout, config.recipe == "modern")).to(args.device)
+    return gpt.Trainer(config, model, tokenizer, text)
+
+
+def steps(args, rate: float):
+    """Print the table of training steps."""
+    print("| recipe | attention | dtype | | tokens/s | share of the bf16 rate | peak memory, GB |\n" + "| --- " * 7 + "|")
+    for recipe in gpt.RECIPES:
+        for dtype, compiled in (("float16", False), ("bfloat16", False), ("bfloat16", True)):
+            for attention in ("by hand", "fused"):
+                forward = fused_attention if attention == "fused" else gpt.MultiHeadAttention.forward
+                torch.compiler.reset()
+                with patch.object(gpt.MultiHeadAttention, "forward", forward):
+                    trainer = make_trainer(args, recipe=recipe, dtype=dtype, compile=compiled)
+                    if args.device == "cuda":
+                        torch.cuda.reset_peak_memory_stats()
+                    tokens = trainer.tokens_per_step * per_second(trainer.step, args.device, args.seconds)
+                memory = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else math.nan
+                config = trainer.config
+                weights = sum(p.numel() for name, p in trainer.model.named_parameters()
+                              if p.ndim == 2 and "embedding" not in name)
+                flops = 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size  # a token
+                print(f"| {recipe} | {attention} | {dtype} | {'compiled' if compiled else 'eager'} | {tokens:,.0f} | "
+                      f"{tokens * flops / rate:.0%} | {memory:.2f} |", flush=True)
+
+
+def race(args):
+    """Print when classic was best, and when modern was as good."""
+    def history(folder, **options):
+        given = dict(options, input=args.input, device=args.device, size=args.size, run_dir=folder, patience=0,
+                     sample_interval=0)
+        with contextlib.redirect_stdout(io.StringIO()), patch.object(gpt, "write_samples"):
+            gpt.run(given)
+        return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    with tempfile.TemporaryDirectory() as folder:
+        target = min(history(folder, recipe="classic", max_iters=args.race), key=lambda record: record["val_bpc"])
+    print(f"classic: best at step {target['iter']}, {target['val_bpc']:.3f} bits per character after {target['seconds']:.1f} s")
+    for part in (4, 8):
+        limit = max(1, args.race // part)
+        with tempfile.TemporaryDirectory() as folder:
+            records = history(folder, max_iters=limit, eval_interval=max(1, limit // 10))
+        best = min(records, key=lambda record: record["val_bpc"])
+        there = next((record for record in records if record["val_bpc"] <= target["val_bpc"]), None)
+        verdict = "not as good as classic" if not there else (
+            f"as good as classic after {there['seconds']:.1f} s, {target['seconds'] / max(there['seconds'], 1e-9):.1f} times "
+            "sooner")
+        print(f"modern, planned for {limit} steps: best {best['val_bpc']:.3f} after {best['seconds']:.1f} s; {verdict}",
+              flush=True)
+
+
+def generation(args):
+    """Print tokens a second of one row and of 64."""
+    model = make_trainer(args).model
+    for rows in (1, 64):
+        start = torch.zeros(rows, 1, dtype=torch.long, device=args.device)
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            with gpt.mixed_precision("auto", torch.device(args.device)):
+                for _ in gpt.generate(model, start, args.tokens, 0.8, 0, 0.95):
+                    pass
+            wait(args.device)
+            times.append(time.perf_counter() - began)
+        print(f"generation, {rows} rows: {rows * args.tokens / min(times):,.0f} tokens/s", flush=True)
+
+
+def main(argv=None):
+    """Print all tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default, help in (
+            ("input", "assets/input/input2.txt", "the text"), ("device", "cuda", "cuda, or cpu for a rehearsal"),
+            ("size", "base", "tiny or base"), ("seconds", 3.0, "how long each kind of step is measured"),
+            ("race", 3000, "steps of the classic recipe"), ("tokens", 1000, "tokens to generate in each row")):
+        parser.add_argument(f"--{name}", default=default, type=type(default), help=f"{help} (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU here; --device cpu --size tiny rehearses")
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    a = torch.randn(2, 4096 if args.device == "cuda" else 512, 4096, device=args.device, dtype=torch.bfloat16)
+    rate = 2 * a.size(1) ** 2 * 4096 * per_second(lambda: a[0] @ a[1].mT, args.device, args.seconds)
+    print(f"{name}, python {platform.python_version()}, torch {torch.__version__}, bfloat16 rate {rate / 1e12:.2f} TFLOP/s\n")
+    steps(args, rate)
+    print()
+    race(args)
+    generation(args)
+
+
+if __name__ == "__main__":
+    main()
