@@ -521,11 +521,22 @@ BAD_TOKENIZERS = {
     "white space is lost": changed(pre_tokenizer=dict(type="Whitespace")), "no bytes are made": changed(pre_tokenizer=None),
     "a space before each line": changed(pre_tokenizer=LEVEL | dict(add_prefix_space=True)),
     "small letters only": changed(normalizer=dict(type="Lowercase")),
-    "cut to length": changed(truncation=dict(direction="Right", max_length=4, strategy="LongestFirst", stride=0)),
     "words": model("WordLevel", vocab=json.loads(bytes_and())["model"]["vocab"] | {"[UNK]": 256}),
 }
+HARMLESS = {
+    "cut to length": changed(truncation=dict(direction="Right", max_length=4, strategy="LongestFirst", stride=0)),
+    "random cuts": changed(model=json.loads(bytes_and(("a", "b")))["model"] | dict(dropout=0.5))}
 NOT_BPE = {"words without an unknown": model("WordLevel"), "word pieces": model("WordPiece", continuing_subword_prefix="##",
                                                                              max_input_chars_per_word=100)}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_tokenizer_file_that_shortens_or_shuffles_is_read_without_that(name):
+    tokenizer = gpt_tiktoken.BPETokenizer(HARMLESS[name].decode())
+    text = "Noc nad miastem, abecadło z pieca spadło.\n" * 20
+    ids = tokenizer.encode(text)
+    assert decoded(tokenizer, ids) == text
+    assert torch.equal(ids, tokenizer.encode(text))
 
 
 @pytest.mark.parametrize("name", [*BAD_TOKENIZERS, *NOT_BPE])
