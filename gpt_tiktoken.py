@@ -214,17 +214,20 @@ class BPETokenizer:
     def encode(self, text: str) -> torch.Tensor:
         """Token numbers, shape (n,), in a small integer type."""
         # Between a line break and a letter every such tokenizer cuts anyway: lines can be encoded side by side.
-        songs = [re.split(r"(?<=\S\n)(?=[^\s/])", song) for song in text.split(END)]
-        lines = iter(self.core.encode_batch_fast([line for song in songs for line in song], add_special_tokens=False))
-        ids = []
-        for song in songs:
-            for line in itertools.islice(lines, len(song)):
-                ids += line.ids
-            ids.append(self.core.token_to_id(END_TEXT))
-        ids.pop()  # there is an end between two songs, none after the last
-        if self.spell:
-            ids = [new for old in ids for new in self.spell[old]]
-        return torch.tensor(ids, dtype=torch.uint16 if self.vocab_size <= 2**16 else torch.int32)
+        lines, parts = re.split(rf"(?={END})|(?<=[^\s{END}]\n)(?=[^\s/])", text), []
+        for i in range(0, len(lines), 10_000):  # not all at once: a line's numbers take much room until they are in a tensor
+            batch, ids = lines[i:i + 10_000], []
+            coded = self.core.encode_batch_fast([line.removeprefix(END) for line in batch], add_special_tokens=False)
+            for line, code in zip(batch, coded):
+                ids += [self.core.token_to_id(END_TEXT)] * line.startswith(END) + code.ids
+            if self.spell:
+                ids = [new for old in ids for new in self.spell[old]]
+            parts.append(torch.tensor(ids, dtype=torch.uint16 if self.vocab_size <= 2**16 else torch.int32))
+        return torch.cat(parts)
+
+    def decode(self, ids: torch.Tensor) -> str:
+        """The text of many token numbers, shape (n,)."""
+        return "".join(self.stream(i for part in ids.split(2**16) for i in part.tolist()))
 
     def stream(self, ids):
         """Yield the text of each token number as it comes; a character of several tokens comes with the last of them."""
@@ -239,7 +242,7 @@ class BPETokenizer:
 def describe(tokenizer: BPETokenizer, ids: torch.Tensor) -> dict:
     """What the vocabulary makes of the training text: how much a token says, and how often an entry is seen."""
     seen, size = torch.bincount(ids.long(), minlength=tokenizer.vocab_size), tokenizer.vocab_size
-    words = len(re.findall(r"\w+", "".join(tokenizer.stream(ids.tolist()))))
+    words = sum(1 for _ in re.finditer(r"\w+", tokenizer.decode(ids)))
     return dict(vocab_size=size, tokens=len(ids), chars_per_token=tokenizer.count_chars(ids) / len(ids),
                 tokens_per_word=len(ids) / max(1, words), tokens_per_vocab_entry=len(ids) / size,
                 entries_never_seen=(seen == 0).sum().item(), entries_seen_once=(seen == 1).sum().item())
@@ -335,7 +338,7 @@ def make_tokenizer(config: Config, text: str, checkpoint: dict | None) -> BPETok
     source = core.to_str()
     tokenizer = BPETokenizer(source, start=next((c for c in END + "\n" if c in text), text[:1]))
     ids = tokenizer.encode(text)
-    if "".join(tokenizer.stream(ids.tolist())) != text:
+    if tokenizer.decode(ids) != text:
         raise Stop("that tokenizer loses characters of the text: take another")
     if config.prune_vocab:
         seen = set(tokenizer.encode(split_corpus(text)[0]).tolist())

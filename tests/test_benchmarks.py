@@ -1,0 +1,25 @@
+"""The benchmarks run to their end at toy size (figures come from the real thing): pytest -m slow tests/test_benchmarks.py"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.mark.slow
+def test_the_gpu_script_on_a_cpu(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Noc nad miastem, w oknach śpi światło\nA ja liczę gwiazdy\n" * 80, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, FOLDER / "gpu.py", "--device", "cpu", "--size", "tiny", "--input", text, "--seconds", "0.1", "--race",
+         "8", "--tokens", "5"], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith(("| modern", "| classic"))]
+    assert len(rows) == 12 and len({tuple(row[:4]) for row in rows}) == 12
+    assert all(int(row[4].replace(",", "")) > 0 for row in rows)
+    assert re.search(r"classic: best at step \d", done.stdout)
+    assert done.stdout.count("modern, planned for") == 2 and done.stdout.count("tokens/s\n") == 2
