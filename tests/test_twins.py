@@ -257,4 +257,5 @@ class Characters:
 
     def __init__(self, tokenizer):
         self.__dict__.update(vars(tokenizer), encode=tokenizer.encode, stream=tokenizer.stream,
-                             count_chars=tokenizer.count_chars, state=dict(tokenizer.state, source="{}"))
+                             count_chars=tokenizer.count_chars, state=dict(tokenizer.state, source="{}"),
+                             decode=lambda ids: "".join(tokenizer.stream(ids.tolist())))
