@@ -50,10 +50,11 @@ TEXTS = {  # what is measured on a text
     "copied": (f"copied runs of {RUN} words, %", ".1f"), "longest": ("longest copied run, words", ".0f")}
 LABELS = COSTS | TEXTS
 
-BPE = ("small", "middle", "full", "polish")  # kinds of stage 2, see kinds()
+BPE = ("syllables", "small", "middle", "full", "polish")  # kinds of stage 2, see kinds()
 CLAIMS = (  # claim, kind it speaks of, kinds it compares with, measures: +1 if it says more, -1 if it says less
     ("Characters master the texture of lines", "char", BPE, {"syllables": -1, "characters": -1}),
     ("Characters master rhyme endings", "char", BPE, {"rhyming": 1}),
+    ("On one text, characters guess better than any sub-words", "char", BPE, {"val_bpc": -1}),
     ("50,000 entries starve", "full", ("char", "small", "middle"), {"tokens_per_vocab_entry": -1, "val_bpc": 1}),
     ("A small vocabulary (2k) fragments words", "small", ("full",), {"chars_per_token": -1, "real": -1}),
     ("A Polish tokenizer keeps words whole", "polish", ("small", "middle", "full"), {"chars_per_token": 1, "real": 1}),
@@ -66,7 +67,8 @@ with one of the two lines before or after. *Distance*: Wasserstein-1, from the t
 stands in the training text, whatever case and punctuation. ±: standard error over the samples. A claim is *too close* to
 call within two of them, or within {BPC_MARGIN} bits per character."""
 TRAINING = {  # what --run trains: name -> options of gpt.py or gpt_tiktoken.py
-    "char": {}, "custom_2k": dict(tokenizer="custom", vocab_size=2000), "custom_5k": dict(tokenizer="custom", vocab_size=5000),
+    "char": {}, **{f"custom_{name}": dict(tokenizer="custom", vocab_size=size)
+                   for name, size in (("500", 500), ("2k", 2000), ("5k", 5000))},
     "gpt2": dict(tokenizer="tiktoken"), "gpt2_pruned": dict(tokenizer="tiktoken", prune_vocab=True)}
 
 
@@ -299,12 +301,12 @@ def train(plan, minutes: float) -> list[str]:
 
 # --- claims -------------------------------------------------------------------------------------------------
 def kinds(runs: list[Run]) -> dict[str, list[Run]]:
-    """The runs by what the claims call them, the best first: a vocabulary up to 3,000 is small, from 40,000 on full."""
+    """The runs by what the claims call them, the best first. Up to 1,000 entries: syllables; to 3,000: small; 40,000: full."""
     groups: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.values["val_bpc"] or math.inf):
         size = run.values["vocab_size"]
         kind = "polish" if run.options.get("tokenizer") == "polish" else (
-            "small" if size <= 3000 else "full" if size >= 40_000 else "middle")
+            "syllables" if size <= 1000 else "small" if size <= 3000 else "full" if size >= 40_000 else "middle")
         groups.setdefault(run.stage if run.stage != "bpe" else kind, []).append(run)
     tuned = sorted(groups.get("hf", []), key=lambda run: run.values["epochs"])
     if tuned and tuned[-1].values["epochs"] >= 2 * tuned[0].values["epochs"]:
