@@ -41,8 +41,8 @@ STAGE = "char"
 
 # Options that were not given come from the size and the recipe.
 SIZES = {
-    "tiny": dict(n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=16, max_iters=850, dropout=0.0,
-                 eval_interval=100, sample_interval=200),
+    "tiny": dict(n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=16, max_iters=2400, dropout=0.05,
+                 eval_interval=200, sample_interval=600),
     "base": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, max_iters=5000, dropout=0.2,
                  eval_interval=100, sample_interval=500),
 }
@@ -257,7 +257,7 @@ def rotate(x, rope):
 
     The product of a query and a key then depends on how far apart they stand. Shape in and out: (..., T, hs).
     """
-    cos, sin = rope  # (T, hs / 2) each
+    cos, sin = rope.to(x.dtype)  # (T, hs / 2) each
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -288,8 +288,8 @@ class MultiHeadAttention(nn.Module):
             for kept, new in zip(cache[self], (k, v)):
                 kept.narrow(2, S - T, T).copy_(new)
             k, v = (kept.narrow(2, 0, S) for kept in cache[self])  # (B, nh, S, hs) each
-        scores = (q * k.size(-1) ** -0.5) @ k.transpose(-2, -1) + mask  # (B, nh, T, S); -inf hides the future
-        weights = self.dropout(scores.softmax(dim=-1))  # (B, nh, T, S), each row sums to 1
+        scores = (q * k.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, nh, T, S)
+        weights = self.dropout((scores + mask.to(scores.dtype)).softmax(dim=-1))  # -inf hides the future; a row sums to 1
         out = (weights @ v).transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.dropout(self.proj(out))
 
@@ -723,8 +723,9 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         if config.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+        with self.amp:  # Muon's matrix products, too
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
         self.scaler.update()
         self.now["losses"].append(total)
         self.now["iter"] += 1

@@ -129,17 +129,20 @@ def main():
     window = gpt.make_config(dict(block_size=64, batch_size=64), torch.device("cpu"), None)
     exact = torch.autocast("cpu", torch.bfloat16, enabled=False)
     print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {OURS}")
-    ratios = []
+    fast = gpt.mixed_precision("auto", torch.device("cpu")).fast_dtype
+    ratios = {name: [] for name in dict.fromkeys((str(fast).removeprefix("torch."), "float32"))}  # what auto takes first
     for seed in range(args.seeds):
         peer, peer_seconds = train_peer(train_ids, tokenizer.vocab_size, seed)
         target = gpt.evaluate(Scored(peer), torch.cat((train_ids[-1:], val_ids)), tokenizer, window, exact)[0]
-        params, loss, seconds = train_ours(args.input, seed, OURS)
-        ratios.append(peer_seconds / seconds)
         size = sum(p.numel() for p in peer.parameters())
-        print(f"seed {seed}: peer {size:,} parameters, {target:.3f} after {peer_seconds:.1f} s; "
-              f"ours {params:,} parameters, {loss:.3f} after {seconds:.1f} s; "
-              f"{'reached' if loss <= target else 'NOT REACHED'}, {ratios[-1]:.1f} times faster", flush=True)
-    print(f"median: {statistics.median(ratios):.1f} times faster")
+        print(f"seed {seed}: peer {size:,} parameters, {target:.3f} after {peer_seconds:.1f} s", flush=True)
+        for dtype in ratios:
+            params, loss, seconds = train_ours(args.input, seed, dict(OURS, dtype=dtype))
+            ratios[dtype].append(peer_seconds / seconds if loss <= target else 0)
+            print(f"    ours in {dtype}: {params:,} parameters, {loss:.3f} after {seconds:.1f} s; "
+                  f"{'reached' if loss <= target else 'NOT REACHED'}, {peer_seconds / seconds:.1f} times faster", flush=True)
+    for dtype, values in ratios.items():
+        print(f"median, {dtype}: {statistics.median(values):.1f} times faster")
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ ROWS = {  # name: (script, recipe, size, options)
 }
 
 
-def matrix_rate(tokens: int, width: int, hidden: int, repeats: int = 15) -> float:
+def matrix_rate(tokens: int, width: int, hidden: int, dtype, repeats: int = 15) -> float:
     """Median rate of a block's widest product, (tokens, width) x (width, hidden), in flops a second."""
-    a, b = torch.randn(tokens, width), torch.randn(width, hidden)
+    a, b = torch.randn(tokens, width, dtype=dtype), torch.randn(width, hidden, dtype=dtype)
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -88,7 +88,8 @@ def measure(name: str, steps: int) -> dict:
     config = stage.make_config(dict(input="-", device="cpu", size=size, recipe=recipe, **options), torch.device("cpu"), None)
     tokenizer = FiftyThousand() if script == "gpt_tiktoken" else stage.make_tokenizer(config, text, None)
     tokens, hidden = config.batch_size * config.block_size, 3 * config.n_embd
-    before, rate = peak(), matrix_rate(tokens, config.n_embd, hidden)
+    before, dtype = peak(), stage.mixed_precision(config.dtype, torch.device("cpu")).fast_dtype
+    rate = matrix_rate(tokens, config.n_embd, hidden, dtype)
     model = stage.GPTLanguageModel(stage.GPTConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head,
                                                    config.n_embd, config.dropout, recipe == "modern"))
     trainer = stage.Trainer(config, model, tokenizer, text)
@@ -99,12 +100,12 @@ def measure(name: str, steps: int) -> dict:
         began = time.perf_counter()
         trainer.step()
         times.append(time.perf_counter() - began)
-    rate = (rate + matrix_rate(tokens, config.n_embd, hidden)) / 2
+    rate = (rate + matrix_rate(tokens, config.n_embd, hidden, dtype)) / 2
     weights = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name)
     flops = tokens * (6 * weights + 12 * config.n_layer * config.n_embd * config.block_size)
     seconds = statistics.median(times[1:])
     return dict(seconds=seconds, tokens_per_second=tokens / seconds, rate=rate, share=flops / seconds / rate,
-                memory=peak() - before)
+                memory=peak() - before, dtype=str(dtype).removeprefix("torch."))
 
 
 def main():
@@ -116,14 +117,14 @@ def main():
     if args.row:
         print(json.dumps(measure(args.row, 12 if "tiny" in args.row else 3)))
         return
-    print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
-    print("| step | seconds | tokens/s | matrix rate, GFLOP/s | share of it | peak memory, GB |\n" + "| --- " * 6 + "|")
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    print("| step | computes in | seconds | tokens/s | matrix rate, GFLOP/s | share of it | peak memory, GB |\n" + "| --- " * 7 + "|")
     for name in ROWS:
         if args.only in name:
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, str(Path(__file__).resolve()), "--row", name]
                 row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout)
-            print(f"| {name} | {row['seconds']:.3f} | {row['tokens_per_second']:,.0f} | {row['rate'] / 1e9:.0f} | "
+            print(f"| {name} | {row['dtype']} | {row['seconds']:.3f} | {row['tokens_per_second']:,.0f} | {row['rate'] / 1e9:.0f} | "
                   f"{row['share']:.0%} | {row['memory']:.2f} |", flush=True)
 
 
