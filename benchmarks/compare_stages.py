@@ -41,7 +41,7 @@ SEPARATOR = "\n<|endoftext|>\n"  # between two songs; inside the scripts it is a
 COSTS = {  # what a run's metrics.json says: name -> heading, format
     "params": ("parameters", ",.0f"), "vocab_size": ("vocabulary", ",.0f"), "chars_per_token": ("chars/token", ".2f"),
     "tokens_per_vocab_entry": ("training tokens per entry", ",.1f"), "val_bpc": ("val bits/char", ".3f"),
-    "iters": ("steps", ",.0f"), "best_iter": ("best at", ",.0f"), "seconds": ("seconds", ",.0f"),
+    "iters": ("steps", ",.0f"), "epochs": ("epochs", ".1f"), "best_iter": ("best at", ",.0f"), "seconds": ("seconds", ",.0f"),
     "tokens_per_second": ("tokens/s", ",.0f"), "chars_per_second": ("chars/s", ",.0f"), "device": ("device", "")}
 TEXTS = {  # what is measured on a text
     "real": ("real words, %", ".1f"), "unseen": ("words not in the training text, %", ".1f"),
@@ -249,7 +249,8 @@ def plans(args) -> Iterator[SimpleNamespace]:
     known = {name: dict(options, size=args.size) for name, options in TRAINING.items()}
     if args.polish:
         known["polish"] = dict(tokenizer="polish", tokenizer_path=args.polish, size=args.size)
-    known |= {f"hf_{epochs}_epochs": dict(model_name=args.hf, epochs=epochs) for epochs in (4, 50) if args.hf}
+    known |= {name: dict(model_name=args.hf, epochs=epochs, learning_rate=args.hf_rate)
+              for name, epochs in (("hf_short", 4), ("hf_long", 50)) if args.hf}
     for name, options in known.items():
         stage = "hf" if "model_name" in options else "bpe" if "tokenizer" in options else "char"
         yield SimpleNamespace(
@@ -404,7 +405,8 @@ def parse_args(argv):
             ("minutes", 3.0, "training time of each model (default: %(default)s)"),
             ("size", "auto", "auto, tiny or base: of the models made from scratch"),
             ("polish", "", "also train on the Polish tokenizer in this file or folder"),
-            ("hf", "", "also fine-tune this model: a Hub name or a folder")):
+            ("hf", "", "also fine-tune this model: a Hub name or a folder; 4 epochs, and 50 or what the minutes allow"),
+            ("hf_rate", 1e-4, "learning rate of the fine-tuning (default: %(default)s)")):
         parser.add_argument(f"--{name}", default=default, type=type(default), help=help)
     parser.add_argument("--run", action="store_true", help="train the models first")
     args = parser.parse_args(argv)

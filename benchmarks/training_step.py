@@ -118,14 +118,15 @@ def main():
         print(json.dumps(measure(args.row, 12 if "tiny" in args.row else 3)))
         return
     print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    print("| step | computes in | seconds | tokens/s | matrix rate, GFLOP/s | share of it | peak memory, GB |\n" + "| --- " * 7 + "|")
+    print("| step | computes in | seconds | tokens/s | matrix rate, GFLOP/s | share of it | peak memory, GB |")
+    print("| --- " * 7 + "|")
     for name in ROWS:
         if args.only in name:
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, str(Path(__file__).resolve()), "--row", name]
                 row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout)
-            print(f"| {name} | {row['dtype']} | {row['seconds']:.3f} | {row['tokens_per_second']:,.0f} | {row['rate'] / 1e9:.0f} | "
-                  f"{row['share']:.0%} | {row['memory']:.2f} |", flush=True)
+            print(f"| {name} | {row['dtype']} | {row['seconds']:.3f} | {row['tokens_per_second']:,.0f} | "
+                  f"{row['rate'] / 1e9:.0f} | {row['share']:.0%} | {row['memory']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import gpt_tiktoken  # noqa: E402
 
 SHAPE = ["--n_layer", "4", "--n_head", "4", "--block_size", "128", "--sample_interval", "0", "--device", "cpu"]
 SCRATCH = (500, 2000)  # vocabularies to try
-STEPS = {20_000: "150", 40_000: "250", 80_000: "400", None: "900"}  # characters of training text: most steps from scratch
+STEPS = {20_000: "200", 40_000: "300", 80_000: "500", None: "2500"}  # characters of training text: most steps from scratch
 
 
 def cut_at(length: int | None):
@@ -52,12 +52,12 @@ def main():
     parser.add_argument("--prose", required=True)
     parser.add_argument("--input", required=True)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--iters", default="1500", help="steps of pre-training")
+    parser.add_argument("--iters", default="3000", help="steps of pre-training (default: %(default)s)")
     args = parser.parse_args()
     exported = str(args.out / "exported")
     pretrained = once(gpt_tiktoken, args.out / "pretrained", [
         "--input", args.prose, *SHAPE, "--n_embd", "256", "--batch_size", "16", "--tokenizer", "custom",
-        "--vocab_size", "4000", "--max_iters", args.iters, "--export_hf", exported])
+        "--vocab_size", "4000", "--dropout", "0.1", "--max_iters", args.iters, "--export_hf", exported])
     rows = []
     for length, steps in STEPS.items():
         with cut_at(length):
@@ -68,18 +68,18 @@ def main():
             scratch = []
             for vocab_size in SCRATCH:
                 scratch.append(once(gpt_tiktoken, args.out / f"scratch-{vocab_size}-{length}", [
-                    "--input", args.input, *SHAPE, "--n_embd", "128", "--batch_size", "8", "--dropout", "0.1",
+                    "--input", args.input, *SHAPE, "--n_embd", "128", "--batch_size", "8", "--dropout", "0.2",
                     "--tokenizer", "custom", "--vocab_size", str(vocab_size), "--max_iters", steps,
-                    "--eval_interval", "25", "--patience", "6"]))
+                    "--eval_interval", str(int(steps) // 20), "--patience", "6"]))
         best = min(scratch, key=lambda metrics: metrics["val_bpc"])
         rows.append((length, tuned, best))
     print(f"\npre-training: {pretrained['val_bpc']:.3f} bits per character on its own text, {pretrained['seconds']:.0f} s, "
           f"{pretrained['params']:,} parameters\n")
-    print("| characters | before fine-tuning | fine-tuned | seconds | from scratch | its vocabulary | seconds |")
-    print("| --- " * 7 + "|")
+    print("| characters | before fine-tuning | fine-tuned | epochs | seconds | from scratch | its vocabulary | seconds |")
+    print("| --- " * 8 + "|")
     for length, tuned, best in rows:
-        print(f"| {length or 'all'} | {tuned['val_bpc_before']:.3f} | {tuned['val_bpc']:.3f} | {tuned['seconds']:.0f} | "
-              f"{best['val_bpc']:.3f} | {best['vocab_size']:,} | {best['seconds']:.0f} |")
+        print(f"| {length or 'all'} | {tuned['val_bpc_before']:.3f} | {tuned['val_bpc']:.3f} | {tuned['epochs']:.0f} | "
+              f"{tuned['seconds']:.0f} | {best['val_bpc']:.3f} | {best['vocab_size']:,} | {best['seconds']:.0f} |")
 
 
 if __name__ == "__main__":

@@ -281,13 +281,14 @@ def test_a_signal_ends_the_whole_comparison(monkeypatch, capsys):
 def test_stage_3_is_trained_with_a_budget_and_compared(made, runs, tmp_path, monkeypatch, capsys):
     base = hf_models.save(tmp_path / "base", hf_models.gpt2())
     monkeypatch.setattr(compare, "TRAINING", {})
-    short, long = compare.plans(SimpleNamespace(input=str(made / "songs.txt"), runs="runs", size="auto", polish="", hf=base))
-    assert [short.name, long.name] == ["hf_4_epochs", "hf_50_epochs"]
+    short, long = compare.plans(SimpleNamespace(input=str(made / "songs.txt"), runs="runs", size="auto", polish="", hf=base,
+                                               hf_rate=1e-4))
+    assert [short.name, long.name] == ["hf_short", "hf_long"]
     short.options.append("--max_new_tokens=5")
     monkeypatch.setattr(compare, "plans", lambda args: [short])
     argv = ["--run", *compare.flags(input=made / "songs.txt", runs="runs", hf=base, minutes=0.002, out="out")]
     char, short, _ = compare.main([runs[0], *argv])
-    assert short.name == "hf_4_epochs" and short.options["epochs"] == 4
+    assert short.name == "hf_short" and short.options["epochs"] == 4
     assert 1 <= short.values["iters"] <= short.options["max_steps"] and len(short.texts) == 5
     assert short.values["chars_per_second"] == pytest.approx(
         short.values["tokens_per_second"] * short.values["chars_per_token"])
@@ -296,4 +297,4 @@ def test_stage_3_is_trained_with_a_budget_and_compared(made, runs, tmp_path, mon
     assert verdicts["Transfer brings meaning (here: real words and a better guess)"] != "not tested"
     capsys.readouterr()
     compare.main(argv)
-    assert "hf_4_epochs: finished before" in capsys.readouterr().out
+    assert "hf_short: finished before" in capsys.readouterr().out

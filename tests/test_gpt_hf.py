@@ -371,8 +371,12 @@ def test_kills_at_random_moments_change_nothing(made, finished, tmp_path, spawn,
         process.kill()
         process.join()
         argv = ["--resume", "--output_dir", str(tmp_path / "run")] if (tmp_path / "run/run.json").exists() else argv
+        kept = Path(gpt_hf.last_checkpoint(str(tmp_path / "run"))[0]).name or "no checkpoint"
+        half = [path.name for path in (tmp_path / "run").glob("checkpoint-*") if not (path / "trainer_state.json").exists()]
+        print(f"run {seed}: killed at {moment[0] or 'any moment'} {moment[1] or ''}; {kept}, half written: {half}")
     gpt_hf.main(argv)
     assert_same(tmp_path / "run", finished[1])
+    print(f"run {seed}: the same weights after {steps} steps as uninterrupted")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
