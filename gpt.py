@@ -262,6 +262,23 @@ def rotate(x, rope):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+class Dropout(nn.Dropout):
+    """Zeroes a share p of the numbers in training (Srivastava et al., 2014), so that none can be relied on alone.
+
+    On a CPU torch draws a double for each number, which takes longer than to compute with it; here it is a byte, and p
+    counts in 256ths.
+    """
+
+    def forward(self, x):
+        """Shape in and out: any. The numbers that stay grow by 1 / (1 - p): the mean stays, too."""
+        if not (self.training and self.p and x.device.type == "cpu"):
+            return super().forward(x)
+        bound = round(256 * self.p)
+        words = torch.empty(math.ceil(x.numel() / 8), dtype=torch.int64).random_(-2**63, None)  # 64 random bits each
+        keep = words.view(torch.uint8)[:x.numel()].view(x.shape) >= bound
+        return x * (keep.to(x.dtype) * (256 / (256 - bound)))
+
+
 class MultiHeadAttention(nn.Module):
     """Self-attention by hand, all heads in one batched product (Vaswani et al., arXiv:1706.03762)."""
 
@@ -270,7 +287,7 @@ class MultiHeadAttention(nn.Module):
         self.n_head, self.block_size, self.modern = config.n_head, config.block_size, config.modern
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # query, key and value in one product
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not config.modern)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         if config.modern:  # QK-norm (Henry et al., arXiv:2010.04245) keeps the scores from growing without bound
             self.qk_norm = nn.LayerNorm(config.n_embd // config.n_head, bias=False)
 
@@ -304,7 +321,7 @@ class FeedForward(nn.Module):
         hidden = 32 * max(1, round(config.n_embd * 8 / 3 / 32)) if config.modern else 4 * config.n_embd
         self.up = nn.Linear(config.n_embd, 2 * hidden if config.modern else hidden, bias=bias)
         self.down = nn.Linear(hidden, config.n_embd, bias=bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         """Shape in and out: (B, T, C)."""

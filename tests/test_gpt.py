@@ -343,6 +343,25 @@ def test_the_cache_changes_no_scores_however_the_text_is_cut(stage, recipe):
         torch.testing.assert_close(torch.cat(parts, dim=1), whole)
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(100_003,), (7, 100, 150)])
+def test_dropout_drops_its_share_anywhere_and_keeps_the_mean(stage, p, shape):
+    torch.manual_seed(0)
+    dropout, x = stage.Dropout(p), torch.ones(shape, requires_grad=True)
+    y = dropout(x)
+    y.sum().backward()
+    exact = round(256 * p) / 256
+    assert y.unique().tolist() == pytest.approx([0, 1 / (1 - exact)]) and torch.equal(x.grad, y)
+    for part in (y == 0).flatten().float().chunk(8) + tuple((y == 0).flatten()[i::8].float() for i in range(8)):
+        assert part.mean().item() == pytest.approx(exact, abs=0.02)  # about five standard deviations
+    assert y.mean().item() == pytest.approx(1, rel=0.05)
+    torch.manual_seed(0)
+    again = dropout(x)
+    assert torch.equal(again, y) and not torch.equal(dropout(x), y)
+    assert dropout(x.bfloat16()).dtype == torch.bfloat16
+    assert dropout.eval()(x) is x and stage.Dropout(0.0)(x) is x
+
+
 def test_a_modern_model_starts_as_the_identity(stage):
     model = stage.GPTLanguageModel(stage.GPTConfig(20, 12, 2, 2, 16, 0.0, True))
     x = torch.randn(1, 12, 16)
