@@ -423,9 +423,9 @@ def rotate(x, rope):
 
     The product of a query and a key then depends on how far apart they stand. Shape in and out: (..., T, hs).
     """
-    cos, sin = rope.to(x.dtype)  # (T, hs / 2) each
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    cos, sin = rope.to(x.dtype)  # (T, hs) each
+    a, b = x.chunk(2, dim=-1)  # a becomes a cos - b sin, b becomes b cos + a sin
+    return x * cos + torch.cat((b, a), dim=-1) * sin
 
 
 class Dropout(nn.Dropout):
@@ -437,7 +437,9 @@ class Dropout(nn.Dropout):
 
     def forward(self, x):
         """Shape in and out: any. The numbers that stay grow by 1 / (1 - p): the mean stays, too."""
-        if not (self.training and self.p and x.device.type == "cpu"):
+        if not self.training or not self.p:  # at once: generation passes here for each token and layer
+            return x
+        if x.device.type != "cpu":
             return super().forward(x)
         bound = round(256 * self.p)
         words = torch.empty(math.ceil(x.numel() / 8), dtype=torch.int64).random_(-2**63, None)  # 64 random bits each
@@ -565,8 +567,9 @@ class GPTLanguageModel(nn.Module):
         if config.modern:
             head_size = config.n_embd // config.n_head
             speed = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)  # (hs / 2,), radians per position
-            angles = torch.outer(torch.arange(config.block_size), speed)  # (block_size, hs / 2)
-            self.register_buffer("rope", torch.stack((angles.cos(), angles.sin())), persistent=False)
+            cos, sin = (wave(torch.outer(torch.arange(config.block_size), speed)) for wave in (torch.cos, torch.sin))
+            rope = torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))  # (2, block_size, hs)
+            self.register_buffer("rope", rope, persistent=False)
         else:
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.apply(self.init_weights)
@@ -846,7 +849,7 @@ def sample_text(model, tokenizer, config: Config, amp, number=0, length=None):
     idx = tokenizer.encode(config.prompt or tokenizer.start).long().to(device)[None]  # (1, T)
     how = (length or config.max_new_tokens, config.temperature, config.top_k, config.top_p)
     yield config.prompt
-    with amp:
+    with amp if device.type != "cpu" else contextlib.nullcontext():  # one position at a time, casts cost more than they save
         tokens = generate(model, idx, *how, torch.Generator(device).manual_seed(hash((config.seed, -1, number))))
         ids = (token.item() for token in tokens)
         ids = itertools.takewhile(lambda token: token != tokenizer.end, ids) if config.stop_at_end else ids

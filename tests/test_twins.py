@@ -127,7 +127,7 @@ def test_all_of_stage_1_but_its_tokenizer_is_in_stage_2():
 
 # ------------------------------------------------------------------------------------------ a test of this test
 CHANGES = [
-    ("rotate", "a * cos - b * sin", "a * cos + b * sin"),  # code
+    ("rotate", "x * cos + torch.cat", "x * cos - torch.cat"),  # code
     ("FORMAT_VERSION", "FORMAT_VERSION = 1", "FORMAT_VERSION = 2"),
     ("Muon.__init__", "momentum: float = 0.95", "momentum: float = 0.9"),
     ("Config.seed", "option(2115,", "option(2116,"),
@@ -137,7 +137,7 @@ CHANGES = [
     ("if __name__ == '__main__':", "128 + metrics", "127 + metrics"),
     ("learning_rate", '"""classic: constant. modern', '"""classic: constant; modern'),  # a docstring
     ("GPTLanguageModel.", '"""Tokens in; out,', '"""Tokens in, out,'),
-    ("rotate", "# (T, hs / 2) each", "# (T, hs) each"),  # comments, also above a definition
+    ("rotate", "# (T, hs) each", "# (T, hs / 2) each"),  # comments, also above a definition
     ("Block.__init__", "# Without its bias,", "# Without a bias,"),
     ("Trainer.__init__", "# How far the run has come,", "# How far it has come,"),
     ("read_corpus", "def read_corpus", "# A new comment.\ndef read_corpus"),
