@@ -344,7 +344,7 @@ def sample_text(base: SimpleNamespace, config: Config, amp, number: int) -> str:
     while (left := len(prompt) + config.max_new_tokens - len(ids)) > 0:
         seen = seen if seen < base.context else base.context // 2
         context = torch.tensor([ids[-seen:]], device=base.model.device)  # (1, T)
-        with amp:
+        with amp if base.model.device.type != "cpu" else contextlib.nullcontext():  # one position at a time, casts do not pay
             new = base.model.generate(context, attention_mask=torch.ones_like(context),
                                       max_new_tokens=min(left, base.context - seen))
         ids, seen = ids + new[0, seen:].tolist(), new.size(1)  # the prompt is cut off by its number of tokens
