@@ -12,6 +12,7 @@ In a Colab cell:  import gpt_hf; gpt_hf.main(["--input", "lyrics.txt"])
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -78,7 +79,8 @@ class Config:
     no_repeat_ngram_size: int = option(3, "never write the same so many tokens twice (0: allowed)", 0)
 
 
-# With --resume these must be what they were, as they change what a step computes. Others may change; epochs may grow.
+# With --resume these must be what they were, as they change what a step computes. Others may change,
+# epochs and max_steps only grow.
 FIXED = {"model_name", "revision", "batch_size", "gradient_accumulation_steps", "block_size", "learning_rate",
          "weight_decay", "warmup", "freeze_layers", "seed"}
 
@@ -92,7 +94,7 @@ def parse_args(argv) -> dict:
                                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = usage_error
     for f in fields(Config):
-        note = f" (default: {f.default})" if f.default else ""
+        note = "" if f.type is bool or f.default == "" else f" (default: {f.default})"
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name}", help=f.metadata["help"] + note, **kind)
     given = vars(parser.parse_args(argv))
@@ -100,6 +102,8 @@ def parse_args(argv) -> dict:
         low, high = f.metadata["low"], f.metadata["high"]
         if low is not None and f.name in given and not low <= given[f.name] <= high:
             raise Stop(f"--{f.name} {given[f.name]}: must be a finite number, at least {low} and at most {high:g}")
+    if "prompt" in given:  # bytes that are not UTF-8 come from a shell as lone surrogates: drop them
+        given["prompt"] = given["prompt"].encode(errors="ignore").decode()
     return given
 
 
@@ -391,6 +395,14 @@ def mixed_precision(name: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, getattr(torch, name), enabled=name != "float32")
 
 
+def keep_memory():
+    """Let freed memory stay with the process: glibc gives large tensors back, and a step asks for them anew, page by page."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another system or another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: map only what is larger
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back only more
+
+
 @contextlib.contextmanager
 def catch_signals():
     """Collect Ctrl-C and SIGTERM in a list, so that training stops between two steps."""
@@ -631,6 +643,7 @@ def run(given: dict) -> dict:
     base = load_pretrained(checkpoint or config.model_name, config, device)
     config = replace(config, block_size=config.block_size or min(512, base.context))
     freeze(base.model, config.freeze_layers)
+    keep_memory()
     tuning = FineTuning(config, base, prepare(text, base, config.block_size), amp, device)
     if state and state["global_step"] > tuning.total:
         raise Stop(f"the run is at step {state['global_step']} already: --epochs and --max_steps may only grow")

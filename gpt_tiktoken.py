@@ -16,6 +16,7 @@ in slices and the export to Hugging Face.
 import argparse
 import codecs
 import contextlib
+import ctypes
 import hashlib
 import http.client
 import io
@@ -128,7 +129,8 @@ def parse_args(argv) -> dict:
                                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = usage_error
     for f in fields(Config):
-        note = " (set by size or recipe)" if f.default is None else f" (default: {f.default})" if f.default else ""
+        note = "" if f.type is bool or f.default == "" else f" (default: {f.default})"
+        note = " (set by size or recipe)" if f.default is None else note
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name}", help=f.metadata["help"] + note, **kind)
     given = vars(parser.parse_args(argv))
@@ -136,17 +138,17 @@ def parse_args(argv) -> dict:
         low, high = f.metadata["low"], f.metadata["high"]
         if low is not None and f.name in given and not low <= given[f.name] <= high:
             raise Stop(f"--{f.name} {given[f.name]}: must be a finite number, at least {low} and at most {high:g}")
-    if "prompt" in given:  # a shell hands on half a character, too
+    if "prompt" in given:  # bytes that are not UTF-8 come from a shell as lone surrogates: drop them
         given["prompt"] = given["prompt"].encode(errors="ignore").decode()
     return given
 
 
 def make_config(given: dict, device: torch.device, checkpoint: dict | None) -> Config:
-    """The whole configuration: what was given, else the checkpoint's, else what size and recipe say, else the default."""
+    """What was given, else the resumed checkpoint's (else its shape alone), else what size and recipe say, else the default."""
     asked = Config(**given)
     old = checkpoint["config"] if checkpoint else {}
     size = asked.size if asked.size != "auto" else "base" if device.type == "cuda" else "tiny"
-    known = dict(**SIZES[size], **RECIPES[asked.recipe])
+    known = dict(**SIZES[size], **RECIPES[old.get("recipe", asked.recipe)])
     for name in SHAPE if checkpoint else ():
         if given.get(name, old[name]) != old[name]:
             raise Stop(f"--{name} {given[name]} contradicts the checkpoint's {old[name]}: leave it out, or train anew")
@@ -395,7 +397,7 @@ def split_corpus(text: str) -> tuple[str, str]:
 
 
 def draw_batch(ids, config: Config, step: int, rank: int, world: int) -> torch.Tensor:
-    """Rows r::N of the batch that all processes draw together, shape (grad_accum, batch_size, block_size + 1).
+    """Rows rank::world of the batch that all processes draw together, shape (grad_accum, batch_size, block_size + 1).
 
     The draw depends on the seed and the step alone, so a resumed run sees what an uninterrupted one would have seen.
     """
@@ -504,7 +506,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        # Without its bias, LayerNorm is RMSNorm (arXiv:1910.07467) of a centred stream, and three times faster on a CPU.
+        # LayerNorm without bias is RMSNorm (arXiv:1910.07467) of a centred x; on a CPU torch's is several times faster.
         self.norm1, self.norm2 = (nn.LayerNorm(config.n_embd, bias=not config.modern) for _ in range(2))
         self.attention = MultiHeadAttention(config)
         self.feed_forward = FeedForward(config)
@@ -525,15 +527,15 @@ class SlicedLoss(torch.autograd.Function):
     def forward(ctx, x, weight, bias, targets):
         """The loss in nats per token. x: (N, C); weight: (V, C); bias: (V,) or None; targets: (N,), -100 is not counted."""
         count, total = (targets >= 0).sum(), 0
-        grads = [torch.zeros_like(t, dtype=torch.float32) if t is not None and wanted else None
-                 for t, wanted in zip((x, weight, bias), ctx.needs_input_grad)]
+        learns = ctx.needs_input_grad[0]  # not in evaluation
+        grads = [torch.zeros_like(t, dtype=torch.float32) if learns and t is not None else None for t in (x, weight, bias)]
         size = max(1, 2**24 // weight.size(0))  # 64 MB of logits
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(x), size):
                 part, target = x[start:start + size].float(), targets[start:start + size]
                 logits = F.linear(part, weight, bias)  # (n, V)
                 total = total + F.cross_entropy(logits, target, reduction="sum")
-                if grads[0] is None:
+                if not learns:
                     continue
                 told = (target >= 0)[:, None] / count  # (n, 1): what each token's loss weighs
                 error = logits.softmax(dim=-1)  # the gradient of cross-entropy: what was expected less what came
@@ -568,6 +570,7 @@ class GPTLanguageModel(nn.Module):
             head_size = config.n_embd // config.n_head
             speed = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)  # (hs / 2,), radians per position
             cos, sin = (wave(torch.outer(torch.arange(config.block_size), speed)) for wave in (torch.cos, torch.sin))
+            # The cosines, and the sines with the signs that rotate() needs for its first and its second half.
             rope = torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))  # (2, block_size, hs)
             self.register_buffer("rope", rope, persistent=False)
         else:
@@ -619,7 +622,8 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalized momentum: every direction of a weight matrix learns at the same pace (Jordan et al., 2024).
 
     The step of torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (arXiv:2502.16982: one learning rate for Muon and
-    AdamW), but all matrices of a "shape" in one batched product; query, key and value, one weight here, are taken apart.
+    AdamW), but all matrices of a "shape" in one batched product; query, key and value are one weight here, gate and up
+    another: both are taken apart.
     """
 
     def __init__(self, groups, lr: float, weight_decay: float, momentum: float = 0.95):
@@ -752,8 +756,8 @@ def set_aside(path: Path, new: Path | None = None):
 def check_paths(config: Config):
     """Stop if --export_hf or --tokenizer_path asks for what cannot be: found before the training, not after it."""
     if config.export_hf and (config.recipe == "classic" or config.prune_vocab):
-        raise Stop("--export_hf: GPT-2's class has no head bias, as classic has one, and no tokenizer file can hold a "
-                   "pruned vocabulary: take --recipe modern without --prune_vocab")
+        raise Stop("--export_hf: no Hugging Face class holds classic's head bias, and no tokenizer file a pruned vocabulary: "
+                   "take --recipe modern without --prune_vocab")
     used = (Path.cwd(), Path(config.run_dir).resolve())
     if config.export_hf and any(place.is_relative_to(Path(config.export_hf).resolve()) for place in used):
         raise Stop(f"--export_hf {config.export_hf} is a folder in use: name one of its own")
@@ -903,6 +907,14 @@ def compiled(network, device: torch.device):
     return torch.compile(network)
 
 
+def keep_memory():
+    """Let freed memory stay with the process: glibc gives large tensors back, and a step asks for them anew, page by page."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another system or another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: map only what is larger
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back only more
+
+
 @contextlib.contextmanager
 def catch_signals():
     """Collect Ctrl-C and SIGTERM in a list, so that training stops between two steps."""
@@ -936,6 +948,7 @@ class Trainer:
         self.amp = mixed_precision(config.dtype, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp.fast_dtype == torch.float16)
         self.optimizers = make_optimizers(model, config)
+        keep_memory()
         if self.world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         self.network = nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
@@ -950,6 +963,8 @@ class Trainer:
             if resumed["scaler"]:  # empty unless in float16
                 self.scaler.load_state_dict(resumed["scaler"])
             for optimizer, state in zip(self.optimizers, resumed["optimizer"]):
+                for group, old in zip(optimizer.param_groups, state["param_groups"]):
+                    old["weight_decay"] = group["weight_decay"]  # --weight_decay may have changed
                 optimizer.load_state_dict(state)
 
     def open_folder(self):
@@ -1001,11 +1016,11 @@ class Trainer:
             total += loss.detach()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        if config.grad_clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         with self.amp:  # Muon's matrix products, too
             for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
+                if not self.scaler.is_enabled() or norm.isfinite():  # float16: an overflow anywhere skips the whole step
+                    self.scaler.step(optimizer)
         self.scaler.update()
         self.now["losses"].append(total)
         self.now["iter"] += 1
@@ -1100,7 +1115,7 @@ def run(given: dict) -> dict:
         raise Stop("--resume goes on from the run's own checkpoint, --load_url starts from another: leave one of them out")
     if asked.resume or asked.sample_only and not source:
         source = f"{asked.run_dir}/model_last.pt" if asked.resume else asked.save_path or f"{asked.run_dir}/model_best.pt"
-    checkpoint, device = load_checkpoint(source) if source else None, None
+    checkpoint = load_checkpoint(source) if source else None
     device = pick_device(given.get("device", checkpoint["config"]["device"] if asked.resume else "auto"))
     config = make_config(given, device, checkpoint)
     check_paths(config)
@@ -1114,7 +1129,8 @@ def run(given: dict) -> dict:
     model = GPTLanguageModel(GPTConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head,
                                        config.n_embd, config.dropout, config.recipe == "modern")).to(device)
     try:
-        model.load_state_dict(checkpoint["model"] if checkpoint else model.state_dict())
+        if checkpoint:
+            model.load_state_dict(checkpoint["model"])
     except RuntimeError:
         raise Stop(f"the weights in {source} do not fit its options: it is damaged; take another") from None
     if config.sample_only:

@@ -52,12 +52,13 @@ def main():
     parser.add_argument("--prose", required=True)
     parser.add_argument("--input", required=True)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--iters", default="3000", help="steps of pre-training (default: %(default)s)")
+    parser.add_argument("--iters", default="1500", help="steps of pre-training (default: %(default)s)")
     args = parser.parse_args()
     exported = str(args.out / "exported")
     pretrained = once(gpt_tiktoken, args.out / "pretrained", [
         "--input", args.prose, *SHAPE, "--n_embd", "256", "--batch_size", "16", "--tokenizer", "custom",
-        "--vocab_size", "4000", "--dropout", "0.1", "--max_iters", args.iters, "--export_hf", exported])
+        "--vocab_size", "4000", "--dropout", "0.1", "--max_iters", args.iters, "--eval_interval", "150",
+        "--export_hf", exported])
     rows = []
     for length, steps in STEPS.items():
         with cut_at(length):

@@ -696,6 +696,22 @@ def test_mixed_precision_trains_and_goes_on(stage, dtype):
     assert stage.main(argv(resume=True, run_dir="run", max_iters=12))["dtype"] == dtype
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("name", ["lm_head.weight", "blocks.0.attention.proj.weight"])
+def test_an_overflow_in_float16_skips_the_step_of_both_optimizers(stage, name, bad):
+    config = config_of(stage, **TINY | STAGES[stage.__name__] | dict(dtype="float16"))
+    tokenizer = stage.make_tokenizer(config, TEXT, None)
+    trainer = stage.Trainer(config, model_of(stage, vocab_size=tokenizer.vocab_size, block_size=16), tokenizer, TEXT)
+    trainer.step()
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    hook = dict(trainer.model.named_parameters())[name].register_hook(lambda grad: grad + bad)
+    trainer.step()
+    hook.remove()
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    trainer.step()
+    assert all(p.isfinite().all() and not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
 def test_training_works_outside_the_main_thread(stage):
     thread = threading.Thread(target=stage.main, args=(tiny(stage),))
     thread.start()
@@ -781,6 +797,16 @@ def test_what_was_not_given_comes_from_the_checkpoint(stage):
     stage.main(argv(resume=True, run_dir="run"))
     assert json.loads(Path("run/config.json").read_text())["options"] == before | dict(resume=True)
     assert Path("text.txt").read_text("utf-8").startswith("Noc") and len(list(Path().glob("text.txt.previous-*"))) == 1
+
+
+@both_recipes
+def test_a_resumed_run_takes_another_weight_decay(stage, recipe):
+    for folder, decay in (("strong", 0.9), ("weak", 0.0)):
+        stage.main(tiny(stage, recipe=recipe, run_dir=folder, weight_decay=0.0))
+        stage.main(argv(resume=True, run_dir=folder, max_iters=8, weight_decay=decay))
+    inside = [name for name, p in weights("weak").items() if "blocks" in name and p.ndim == 2]
+    strong, weak = (sum(weights(folder)[name].square().sum() for name in inside) for folder in ("strong", "weak"))
+    assert strong < weak
 
 
 def test_a_moved_run_goes_on_where_it_is_now(stage, run):
@@ -1048,6 +1074,15 @@ def test_a_downloaded_checkpoint_samples_and_trains_further(stage, run, server):
     assert metrics["iters"] == 3 and checkpoint("further/model_last.pt")["model_config"]["n_embd"] == 16
     assert history("further")[0]["val_loss"] == pytest.approx(min(line["val_loss"] for line in history(run)))
     assert metrics["val_loss"] < history("further")[0]["val_loss"]
+
+
+def test_a_downloaded_checkpoint_brings_its_recipe_with_its_settings(stage):
+    stage.main(tiny(stage, recipe="classic", run_dir="first"))
+    stage.main(argv(load_url=address("first/model_best.pt"), input="songs.txt", run_dir="further", max_iters=1, batch_size=4,
+                    device="cpu"))
+    options = json.loads(Path("further/config.json").read_text())["options"]
+    assert options["recipe"] == "classic"
+    assert {name: options[name] for name in stage.RECIPES["classic"]} == stage.RECIPES["classic"]
 
 
 def test_a_downloaded_checkpoint_must_fit_text_and_options(stage, run, server, capsys):

@@ -604,3 +604,7 @@ def test_two_processes_train_as_one(made, tmp_path):
     assert two["iters"] == one["iters"] and two["val_bpc_before"] == pytest.approx(one["val_bpc_before"], rel=1e-6)
     assert two["val_bpc"] == pytest.approx(one["val_bpc"], rel=1e-3)
     assert done.stdout.count("epoch 1.00") == 1  # rank 0 alone speaks
+
+
+def test_half_a_character_at_the_end_of_a_prompt_is_left_out():
+    assert gpt_hf.parse_args(["--prompt", "Noc " + b"\xc5".decode("utf-8", "surrogateescape")])["prompt"] == "Noc "

@@ -138,7 +138,7 @@ CHANGES = [
     ("learning_rate", '"""classic: constant. modern', '"""classic: constant; modern'),  # a docstring
     ("GPTLanguageModel.", '"""Tokens in; out,', '"""Tokens in, out,'),
     ("rotate", "# (T, hs) each", "# (T, hs / 2) each"),  # comments, also above a definition
-    ("Block.__init__", "# Without its bias,", "# Without a bias,"),
+    ("Block.__init__", "# LayerNorm without bias is", "# LayerNorm without a bias is"),
     ("Trainer.__init__", "# How far the run has come,", "# How far it has come,"),
     ("read_corpus", "def read_corpus", "# A new comment.\ndef read_corpus"),
     ("Block.", "class Block", "# A new comment.\nclass Block"),
