@@ -1,6 +1,6 @@
 """Stage 2: the same GPT on sub-words: what they buy, and what they cost.
 
-    python gpt_tiktoken.py              # OpenAI's gpt2 vocabulary
+    python gpt_tiktoken.py    # OpenAI's gpt2 vocabulary; two cores: 2 minutes
     python gpt_tiktoken.py --input assets/input/input2.txt --max_iters 5000
     python gpt_tiktoken.py --tokenizer custom --vocab_size 2000   # of your text
     python gpt_tiktoken.py --tokenizer polish           # that of a Polish GPT-2

@@ -9,7 +9,6 @@ Each runs in a process of its own; they take turns, step by step, so that both s
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -98,7 +97,7 @@ def main():
         small_tokenizer().save_pretrained(folder)
         answers = take_turns([sys.executable, __file__, *sys.argv[1:], "--worker"], folder, args.steps + 1)
     print(f"GPT-2 small, {model.num_parameters():,} parameters, {args.rows} x {args.length} tokens, {args.steps} steps of "
-          f"each in turn, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.platform()}\n")
+          f"each in turn, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| step | computes in | seconds (median) | fastest | peak memory | loss after all steps |")
     print("| --- " * 6 + "|")
     for kind, steps in answers.items():
