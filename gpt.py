@@ -189,9 +189,9 @@ def make_tokenizer(config: Config, text: str, checkpoint: dict | None) -> CharTo
     return CharTokenizer("".join(sorted(set(text) - {END})), start=next((c for c in END + "\n" if c in text), text[:1]))
 
 
-def describe(tokenizer: CharTokenizer, ids: torch.Tensor) -> dict:
+def describe(tokenizer: CharTokenizer, text: str, ids: torch.Tensor) -> dict:
     """What the vocabulary makes of the training text: how much a token says, and how often an entry is seen."""
-    return dict(vocab_size=tokenizer.vocab_size, chars_per_token=tokenizer.count_chars(ids) / len(ids),
+    return dict(vocab_size=tokenizer.vocab_size, chars_per_token=len(text) / len(ids),
                 tokens_per_vocab_entry=len(ids) / tokenizer.vocab_size)
 
 
@@ -680,8 +680,9 @@ class Trainer:
         if resumed and resumed["corpus_sha256"] != self.corpus_sha256:
             raise Stop(f"--input {config.input} (SHA-256 {self.corpus_sha256[:8]}) is not the text that this run began "
                        f"with ({resumed['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
-        self.train_ids, val_ids = (tokenizer.encode(part) for part in split_corpus(text))
-        self.val_ids, self.facts = torch.cat((self.train_ids[-1:], val_ids)), describe(tokenizer, self.train_ids)
+        train_text, val_text = split_corpus(text)
+        self.train_ids, val_ids = tokenizer.encode(train_text), tokenizer.encode(val_text)
+        self.val_ids, self.facts = torch.cat((self.train_ids[-1:], val_ids)), describe(tokenizer, train_text, self.train_ids)
         if len(self.train_ids) <= config.block_size or not len(val_ids):
             needed = math.ceil((config.block_size + 1) / 0.85 * len(text) / (len(self.train_ids) + len(val_ids))) + 1
             raise Stop(f"{config.input} is too short ({len(text):,} characters): --block_size {config.block_size} takes "
@@ -911,6 +912,10 @@ def main(argv=None) -> dict:
         message, status = "out of memory: lower --batch_size, and raise --grad_accum instead", 1
     except OSError as e:
         message, status = f"{e.filename or 'writing'}: {e.strerror}; the last good checkpoint is kept", 1
+    except RuntimeError as e:
+        if "Connection" not in str(e) or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        message, status = "another process of this run is gone; the last good checkpoint is kept: go on with --resume", 1
     except KeyboardInterrupt:
         message, status = "stopped", 130
     finally:

@@ -685,9 +685,11 @@ def main(argv=None) -> dict:
     except torch.OutOfMemoryError:
         message, status = "out of memory: lower --batch_size, and raise --gradient_accumulation_steps instead", 1
     except (OSError, RuntimeError, SafetensorError) as e:
-        if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e) and "inline_container" not in str(e):
+        lost = "Connection" in str(e) and int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if isinstance(e, RuntimeError) and not lost and not any(s in str(e) for s in ("PytorchStreamWriter", "inline_container")):
             raise  # those are how torch reports a full disk
-        message, status = f"cannot write ({getattr(e, 'strerror', 0) or e}): the last good checkpoint is kept", 1
+        what = "another process of this run is gone" if lost else f"cannot write ({getattr(e, 'strerror', 0) or e})"
+        message, status = f"{what}: the last good checkpoint is kept" + "; go on with --resume" * lost, 1
     except KeyboardInterrupt:
         message, status = "stopped", 130
     finally:

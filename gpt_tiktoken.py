@@ -216,9 +216,11 @@ class BPETokenizer:
     def encode(self, text: str) -> torch.Tensor:
         """Token numbers, shape (n,), in a small integer type."""
         # Between a line break and a letter every such tokenizer cuts anyway: lines can be encoded side by side.
-        lines, parts = re.split(rf"(?={END})|(?<=[^\s{END}]\n)(?=[^\s/])", text), []
-        for i in range(0, len(lines), 10_000):  # not all at once: a line's numbers take much room until they are in a tensor
-            batch, ids = lines[i:i + 10_000], []
+        cuts = (cut.start() for cut in re.finditer(rf"(?={END})|(?<=[^\s{END}]\n)(?=[^\s/])", text))
+        bounds = itertools.pairwise(itertools.chain([0], cuts, [len(text)]))
+        lines, parts = (text[start:end] for start, end in bounds), []
+        while batch := list(itertools.islice(lines, 10_000)):  # not all at once: lines take more room than their tokens
+            ids = []
             coded = self.core.encode_batch_fast([line.removeprefix(END) for line in batch], add_special_tokens=False)
             for line, code in zip(batch, coded):
                 ids += [self.core.token_to_id(END_TEXT)] * line.startswith(END) + code.ids
@@ -228,8 +230,8 @@ class BPETokenizer:
         return torch.cat(parts)
 
     def decode(self, ids: torch.Tensor) -> str:
-        """The text of many token numbers, shape (n,)."""
-        return "".join(self.stream(i for part in ids.split(2**16) for i in part.tolist()))
+        """The text of token numbers, shape (n,)."""
+        return b"".join(self.pieces[i] for i in ids.tolist()).decode("utf-8", "ignore")
 
     def stream(self, ids):
         """Yield the text of each token number as it comes; a character of several tokens comes with the last of them."""
@@ -241,11 +243,11 @@ class BPETokenizer:
         return self.chars[ids.long()].sum().item()
 
 
-def describe(tokenizer: BPETokenizer, ids: torch.Tensor) -> dict:
+def describe(tokenizer: BPETokenizer, text: str, ids: torch.Tensor) -> dict:
     """What the vocabulary makes of the training text: how much a token says, and how often an entry is seen."""
-    seen, size = torch.bincount(ids.long(), minlength=tokenizer.vocab_size), tokenizer.vocab_size
-    words = sum(1 for _ in re.finditer(r"\w+", tokenizer.decode(ids)))
-    return dict(vocab_size=size, tokens=len(ids), chars_per_token=tokenizer.count_chars(ids) / len(ids),
+    size, words = tokenizer.vocab_size, sum(1 for _ in re.finditer(r"\w+", text))
+    seen = sum(torch.bincount(part.int(), minlength=size) for part in ids.split(2**20))
+    return dict(vocab_size=size, tokens=len(ids), chars_per_token=len(text) / len(ids),
                 tokens_per_word=len(ids) / max(1, words), tokens_per_vocab_entry=len(ids) / size,
                 entries_never_seen=(seen == 0).sum().item(), entries_seen_once=(seen == 1).sum().item())
 
@@ -339,9 +341,9 @@ def make_tokenizer(config: Config, text: str, checkpoint: dict | None) -> BPETok
         print(f"tokenizer: {name}")
     source = core.to_str()
     tokenizer = BPETokenizer(source, start=next((c for c in END + "\n" if c in text), text[:1]))
-    ids = tokenizer.encode(text)
-    if tokenizer.decode(ids) != text:
-        raise Stop("that tokenizer loses characters of the text: take another")
+    for part in (text[i:i + 2**20] for i in range(0, len(text), 2**20)):  # not all at once, to save memory
+        if tokenizer.decode(tokenizer.encode(part)) != part:
+            raise Stop("that tokenizer loses characters of the text: take another")
     if config.prune_vocab:
         seen = set(tokenizer.encode(split_corpus(text)[0]).tolist())
         single = {i for i, piece in enumerate(tokenizer.pieces) if len(piece) == 1}  # the bytes, and the end of a song
@@ -939,8 +941,9 @@ class Trainer:
         if resumed and resumed["corpus_sha256"] != self.corpus_sha256:
             raise Stop(f"--input {config.input} (SHA-256 {self.corpus_sha256[:8]}) is not the text that this run began "
                        f"with ({resumed['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
-        self.train_ids, val_ids = (tokenizer.encode(part) for part in split_corpus(text))
-        self.val_ids, self.facts = torch.cat((self.train_ids[-1:], val_ids)), describe(tokenizer, self.train_ids)
+        train_text, val_text = split_corpus(text)
+        self.train_ids, val_ids = tokenizer.encode(train_text), tokenizer.encode(val_text)
+        self.val_ids, self.facts = torch.cat((self.train_ids[-1:], val_ids)), describe(tokenizer, train_text, self.train_ids)
         if len(self.train_ids) <= config.block_size or not len(val_ids):
             needed = math.ceil((config.block_size + 1) / 0.85 * len(text) / (len(self.train_ids) + len(val_ids))) + 1
             raise Stop(f"{config.input} is too short ({len(text):,} characters): --block_size {config.block_size} takes "
@@ -1176,6 +1179,10 @@ def main(argv=None) -> dict:
         message, status = "out of memory: lower --batch_size, and raise --grad_accum instead", 1
     except OSError as e:
         message, status = f"{e.filename or 'writing'}: {e.strerror}; the last good checkpoint is kept", 1
+    except RuntimeError as e:
+        if "Connection" not in str(e) or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        message, status = "another process of this run is gone; the last good checkpoint is kept: go on with --resume", 1
     except KeyboardInterrupt:
         message, status = "stopped", 130
     finally:

@@ -1270,6 +1270,27 @@ def test_two_processes_train_as_one_with_twice_the_batch(stage):
     assert json.loads(Path("two/metrics.json").read_text())["val_loss"] == pytest.approx(metrics["val_loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others_with_a_whole_checkpoint(stage, victim):
+    """Two processes, started as torchrun would start them; one is killed, the other must not wait for it for ever."""
+    shared = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1")
+    command = [sys.executable, stage.__file__, *tiny(stage, max_iters=100_000, eval_interval=5, patience=0)]
+    both = [subprocess.Popen(command, env=dict(shared, RANK=str(rank), LOCAL_RANK=str(rank)), stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    deadline = time.monotonic() + 120
+    while not Path("run/metrics.jsonl").exists() or Path("run/metrics.jsonl").read_text().count("\n") < 3:
+        assert time.monotonic() < deadline and both[0].poll() is both[1].poll() is None, both[0].communicate()
+        time.sleep(0.05)
+    both[victim].kill()
+    error = both[1 - victim].communicate(timeout=120)[1]
+    both[victim].communicate()
+    assert both[1 - victim].returncode == 1 and "Traceback" not in error
+    if victim == 1:  # the first process is the one that speaks
+        assert "error: another process of this run is gone" in error and "--resume" in error
+    iteration = checkpoint("run/model_last.pt")["iter"]
+    assert iteration >= 10
+
+
 @pytest.mark.slow
 def test_a_compiled_model_learns_the_same(stage):
     stage.main(tiny(stage, dropout=0.0, run_dir="plain"))

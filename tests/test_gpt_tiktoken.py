@@ -798,21 +798,23 @@ def test_a_pruned_run(shared):
 def test_facts_worked_out_by_hand():
     r"""ab|_|b|a|\n|ż|ż|ab: 8 tokens (ż has two bytes), 9 characters, 3 words; ab is there twice, 6 entries once, 251 never."""
     tokenizer = BPETokenizer(bytes_and(("a", "b")))
-    ids = tokenizer.encode("ab ba\nżab")
+    text = "ab ba\nżab"
+    ids = tokenizer.encode(text)
     assert [tokenizer.pieces[i] for i in ids.tolist()] == [b"ab", b" ", b"b", b"a", b"\n", b"\xc5", b"\xbc", b"ab"]
-    assert gpt_tiktoken.describe(tokenizer, ids) == dict(
+    assert gpt_tiktoken.describe(tokenizer, text, ids) == dict(
         vocab_size=258, tokens=8, chars_per_token=9 / 8, tokens_per_word=8 / 3, tokens_per_vocab_entry=8 / 258,
         entries_never_seen=251, entries_seen_once=6)
     for text, expected in (("ab - ab!", 6 / 2), ("?!", 2)):  # a dash is no word; no word at all
-        assert gpt_tiktoken.describe(tokenizer, tokenizer.encode(text))["tokens_per_word"] == expected
+        assert gpt_tiktoken.describe(tokenizer, text, tokenizer.encode(text))["tokens_per_word"] == expected
 
 
 def test_facts_are_of_the_training_part_printed_and_kept(capsys):
     metrics = train()
     out, text = capsys.readouterr().out, gpt_tiktoken.read_corpus("songs.txt")
     tokenizer = BPETokenizer(**checkpoint("run/model_last.pt")["tokenizer"])
-    ids = tokenizer.encode(gpt_tiktoken.split_corpus(text)[0])
-    facts = gpt_tiktoken.describe(tokenizer, ids)
+    train_text = gpt_tiktoken.split_corpus(text)[0]
+    ids = tokenizer.encode(train_text)
+    facts = gpt_tiktoken.describe(tokenizer, train_text, ids)
     assert len(facts) == 7 and metrics == metrics | facts == json.loads(Path("run/metrics.json").read_text())
     counts = Counter(ids.tolist())
     assert facts["entries_seen_once"] == list(counts.values()).count(1) and facts["entries_never_seen"] == 290 - len(counts)
@@ -823,7 +825,7 @@ def test_facts_are_of_the_training_part_printed_and_kept(capsys):
 
 
 def test_whole_numbers_are_printed_whole(capsys, monkeypatch):
-    monkeypatch.setattr(gpt_tiktoken, "describe", lambda tokenizer, ids: dict(
+    monkeypatch.setattr(gpt_tiktoken, "describe", lambda *args: dict(
         vocab_size=50257, tokens=1234567, chars_per_token=1.875, entries_never_seen=40321))
     train(max_iters=1)
     out = capsys.readouterr().out
@@ -866,7 +868,7 @@ def test_both_stages_validate_on_the_same_characters(text, monkeypatch):
     counting(BPETokenizer)
     counting(gpt.CharTokenizer)
     totals = set()
-    monkeypatch.setattr(gpt_tiktoken, "describe", lambda tokenizer, ids: dict(chars_per_token=1.0, vocab_size=1))
+    monkeypatch.setattr(gpt_tiktoken, "describe", lambda *args: dict(chars_per_token=1.0, vocab_size=1))
     monkeypatch.setattr(gpt, "describe", gpt_tiktoken.describe)
     for stage, options in ((gpt, {}), *((gpt_tiktoken, dict(tokenizer="custom", vocab_size=258) | prune)
                                         for prune in ({}, dict(prune_vocab=True)))):
