@@ -10,10 +10,15 @@ import pytest
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
+def lyrics(folder):
+    text = folder / "text.txt"
+    text.write_text("Noc nad miastem, w oknach śpi światło\nA ja liczę gwiazdy\n" * 80, encoding="utf-8")
+    return text
+
+
 @pytest.mark.slow
 def test_the_gpu_script_on_a_cpu(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("Noc nad miastem, w oknach śpi światło\nA ja liczę gwiazdy\n" * 80, encoding="utf-8")
+    text = lyrics(tmp_path)
     done = subprocess.run(
         [sys.executable, FOLDER / "gpu.py", "--device", "cpu", "--size", "tiny", "--input", text, "--seconds", "0.1", "--race",
          "8", "--tokens", "5"], capture_output=True, text=True, encoding="utf-8")
@@ -23,3 +28,16 @@ def test_the_gpu_script_on_a_cpu(tmp_path):
     assert all(int(row[4].replace(",", "")) > 0 for row in rows)
     assert re.search(r"classic: best at step \d", done.stdout)
     assert done.stdout.count("modern, planned for") == 2 and done.stdout.count("tokens/s\n") == 2
+
+
+@pytest.mark.slow
+def test_quality_gives_each_run_its_minutes_and_trains_none_twice(tmp_path):
+    command = [sys.executable, FOLDER / "quality.py", "--input", lyrics(tmp_path), "--minutes", "0.05", "--jobs", "2", "--out",
+               tmp_path / "runs", "--runs", "classic_128_0.001", "modern_1"]
+    tables = []
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        tables.append([line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]])
+    assert tables[0] == tables[1] and [row[0] for row in tables[0]] == ["classic_128_0.001", "modern_1"]
+    assert all(int(row[3]) > 5 and 0 < float(row[6]) < 7 for row in tables[0])

@@ -1,0 +1,81 @@
+"""How few bits a character in so many minutes: modern against classic at the best of three widths and three rates.
+
+    python benchmarks/quality.py --input FILE --minutes 3 --out FOLDER             # all runs: a screening
+    python benchmarks/quality.py --input FILE --minutes 30 --out FOLDER --runs classic_256_0.001 modern_1
+
+A run gets as many steps as fit into the minutes, at a speed measured before, and is evaluated 20 times: its best counts.
+--jobs 2 trains two at a time, each on its share of the cores. What is finished in FOLDER is not trained again; what
+was stopped goes on. Figures: benchmarks/README.md.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = dict(block_size=256, batch_size=8)
+CLASSIC = {f"classic_{width}_{rate:g}": dict(SHAPE, recipe="classic", n_embd=width, n_head=width // 64, learning_rate=rate,
+                                             dropout=0.2)  # the original project's dropout
+           for width in (128, 256, 384) for rate in (3e-4, 1e-3, 3e-3)}
+MODERN = {f"modern_{seed}": dict(SHAPE, n_layer=8, dropout=0.2, learning_rate=3e-3, seed=seed) for seed in (1, 2)}
+BPE = dict(tokenizer="custom", vocab_size=500)
+RUNS = {name: ("gpt.py", options) for name, options in (CLASSIC | MODERN).items()}
+RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", BPE | options) for name, options in (CLASSIC | MODERN).items()}
+
+
+def call(script: str, threads: int, **options) -> dict:
+    """Run a stage on the CPU; what its metrics.json says."""
+    words = [word for name, value in options.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    subprocess.run([sys.executable, ROOT / script, *words, "--size", "tiny", "--device", "cpu", "--sample_interval", "0",
+                    "--patience", "0", "--max_new_tokens", "1"], check=True, stdout=subprocess.DEVNULL,
+                   env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
+    return json.loads(Path(options["run_dir"], "metrics.json").read_text())
+
+
+def read_history(folder: Path) -> list[dict]:
+    """What a run has logged, a dict for each evaluation."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(name: str, args) -> str:
+    """Train this run to its end; its row of the table."""
+    (script, options), folder, threads = RUNS[name], Path(args.out, name), max(1, (os.cpu_count() or 1) // args.jobs)
+    options = dict(options, input=args.input)
+    if (folder / "model_last.pt").exists():  # of a finished run, too: it is read and has nothing left to do
+        metrics = call(script, threads, run_dir=folder, input=args.input, resume=True)
+    else:
+        call(script, threads, **options, run_dir=f"{args.out}/probe/{name}", max_iters=150, eval_interval=50, eval_iters=1)
+        times = [record["seconds"] for record in read_history(Path(args.out, "probe", name))]  # after 0, 50, 100, 150 steps
+        steps = max(1, int(60 * args.minutes * 50 / min(times[2] - times[1], times[3] - times[2])))
+        metrics = call(script, threads, **options, run_dir=folder, max_iters=steps, eval_interval=math.ceil(steps / 20))
+    setup = json.loads((folder / "config.json").read_text())["options"]
+    history = read_history(folder)
+    tokens = metrics["tokens_per_vocab_entry"] * metrics["vocab_size"]
+    epochs = metrics["iters"] * setup["batch_size"] * setup["grad_accum"] * setup["block_size"] / tokens
+    return (f"| {name} | {metrics['params']:,} | {metrics['vocab_size']:,} | {metrics['iters']:,} | {epochs:.0f} | "
+            f"{metrics['best_iter']:,} | {metrics['val_bpc']:.3f} | {history[-1]['val_bpc']:.3f} | {metrics['seconds']:,.0f} |")
+
+
+def main():
+    """Train, and print a row for each run as soon as it is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", default=str(ROOT / "assets/input/input2.txt"), help="the text (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=30, help="training time of each run (default: %(default)s)")
+    parser.add_argument("--out", required=True, help="folder for the runs")
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS, help="which (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
+    args = parser.parse_args()
+    print("| run | parameters | vocabulary | steps | epochs | best at | bits/char | at the end | seconds |\n" + "| --- " * 9 + "|",
+          flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(lambda name: train(name, args), args.runs):
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
