@@ -684,12 +684,15 @@ def main(argv=None) -> dict:
         message, status = (*e.args, 2)[:2]
     except torch.OutOfMemoryError:
         message, status = "out of memory: lower --batch_size, and raise --gradient_accumulation_steps instead", 1
-    except (OSError, RuntimeError, SafetensorError) as e:
-        lost = "Connection" in str(e) and int(os.environ.get("WORLD_SIZE", 1)) > 1
-        if isinstance(e, RuntimeError) and not lost and not any(s in str(e) for s in ("PytorchStreamWriter", "inline_container")):
-            raise  # those are how torch reports a full disk
-        what = "another process of this run is gone" if lost else f"cannot write ({getattr(e, 'strerror', 0) or e})"
-        message, status = f"{what}: the last good checkpoint is kept" + "; go on with --resume" * lost, 1
+    except (OSError, SafetensorError) as e:
+        message, status = f"cannot write ({getattr(e, 'strerror', 0) or e}): the last good checkpoint is kept", 1
+    except RuntimeError as e:  # torch has no narrower error for a full disk, or for a process that was killed
+        if "PytorchStreamWriter" in str(e) or "inline_container" in str(e):
+            message, status = f"cannot write ({e}): the last good checkpoint is kept", 1
+        elif "Connection" in str(e):
+            message, status = "another process of this run is gone; the last good checkpoint is kept: go on with --resume", 1
+        else:
+            raise
     except KeyboardInterrupt:
         message, status = "stopped", 130
     finally:

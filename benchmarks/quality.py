@@ -30,7 +30,7 @@ RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", BPE | options) for name, options in 
 
 def call(script: str, threads: int, **options) -> dict:
     """Run a stage on the CPU; what its metrics.json says."""
-    words = [word for name, value in options.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    words = [word for name, value in options.items() for word in [f"--{name}"] + [str(value)] * (value is not True)]
     subprocess.run([sys.executable, ROOT / script, *words, "--size", "tiny", "--device", "cpu", "--sample_interval", "0",
                     "--patience", "0", "--max_new_tokens", "1"], check=True, stdout=subprocess.DEVNULL,
                    env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
@@ -70,8 +70,8 @@ def main():
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS, help="which (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     args = parser.parse_args()
-    print("| run | parameters | vocabulary | steps | epochs | best at | bits/char | at the end | seconds |\n" + "| --- " * 9 + "|",
-          flush=True)
+    print("| run | parameters | vocabulary | steps | epochs | best at | bits/char | at the end | seconds |")
+    print("| --- " * 9 + "|", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         for row in pool.map(lambda name: train(name, args), args.runs):
             print(row, flush=True)

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -604,6 +605,25 @@ def test_two_processes_train_as_one(made, tmp_path):
     assert two["iters"] == one["iters"] and two["val_bpc_before"] == pytest.approx(one["val_bpc_before"], rel=1e-6)
     assert two["val_bpc"] == pytest.approx(one["val_bpc"], rel=1e-3)
     assert done.stdout.count("epoch 1.00") == 1  # rank 0 alone speaks
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_with_a_whole_checkpoint(made, tmp_path):
+    argv = arguments(made, tmp_path / "run", "--epochs", "200", "--patience", "0")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        shared = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+    first, second = (subprocess.Popen([sys.executable, gpt_hf.__file__, *argv], stderr=subprocess.PIPE, text=True,
+                                      env=dict(shared, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2))
+    deadline = time.monotonic() + 120
+    while not gpt_hf.last_checkpoint(str(tmp_path / "run"))[0]:
+        assert time.monotonic() < deadline and first.poll() is second.poll() is None
+        time.sleep(0.1)
+    second.kill()
+    error = first.communicate(timeout=120)[1]
+    second.communicate()
+    assert first.returncode == 1 and "error: another process of this run is gone" in error and "Traceback" not in error
+    assert gpt_hf.last_checkpoint(str(tmp_path / "run"))[0]
 
 
 def test_half_a_character_at_the_end_of_a_prompt_is_left_out():
