@@ -42,8 +42,16 @@ def read_history(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def train(name: str, args) -> str:
+def row(name: str, args) -> str:
     """Train this run to its end; its row of the table."""
+    try:
+        return train(name, args)
+    except subprocess.CalledProcessError as e:
+        return f"| {name} | ended with status {e.returncode}: the same command goes on |"
+
+
+def train(name: str, args) -> str:
+    """What row() says of a run that came to its end."""
     (script, options), folder, threads = RUNS[name], Path(args.out, name), max(1, (os.cpu_count() or 1) // args.jobs)
     options = dict(options, input=args.input)
     if (folder / "model_last.pt").exists():  # of a finished run, too: it is read and has nothing left to do
@@ -73,8 +81,8 @@ def main():
     print("| run | parameters | vocabulary | steps | epochs | best at | bits/char | at the end | seconds |")
     print("| --- " * 9 + "|", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(lambda name: train(name, args), args.runs):
-            print(row, flush=True)
+        for text in pool.map(lambda name: row(name, args), args.runs):
+            print(text, flush=True)
 
 
 if __name__ == "__main__":
