@@ -913,7 +913,7 @@ def main(argv=None) -> dict:
     except OSError as e:
         message, status = f"{e.filename or 'writing'}: {e.strerror}; the last good checkpoint is kept", 1
     except RuntimeError as e:
-        if "Connection" not in str(e):  # torch has no narrower error for it
+        if not dist.is_initialized() or "Connection" not in str(e):  # torch has no narrower error
             raise
         message, status = "another process of this run is gone; the last good checkpoint is kept: go on with --resume", 1
     except KeyboardInterrupt:

@@ -689,7 +689,7 @@ def main(argv=None) -> dict:
     except RuntimeError as e:  # torch has no narrower error for a full disk, or for a process that was killed
         if "PytorchStreamWriter" in str(e) or "inline_container" in str(e):
             message, status = f"cannot write ({e}): the last good checkpoint is kept", 1
-        elif "Connection" in str(e):
+        elif dist.is_initialized() and "Connection" in str(e):
             message, status = "another process of this run is gone; the last good checkpoint is kept: go on with --resume", 1
         else:
             raise

@@ -33,11 +33,11 @@ def test_the_gpu_script_on_a_cpu(tmp_path):
 @pytest.mark.slow
 def test_quality_gives_each_run_its_minutes_and_trains_none_twice(tmp_path):
     command = [sys.executable, FOLDER / "quality.py", "--input", lyrics(tmp_path), "--minutes", "0.05", "--jobs", "2", "--out",
-               tmp_path / "runs", "--runs", "classic_128_0.001", "modern_1"]
+               tmp_path / "runs", "--runs", "classic_128_0.001", "modern_2115"]
     tables = []
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
         assert done.returncode == 0, done.stderr
         tables.append([line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]])
-    assert tables[0] == tables[1] and [row[0] for row in tables[0]] == ["classic_128_0.001", "modern_1"]
+    assert tables[0] == tables[1] and [row[0] for row in tables[0]] == ["classic_128_0.001", "modern_2115"]
     assert all(int(row[3]) > 5 and 0 < float(row[6]) < 7 for row in tables[0])

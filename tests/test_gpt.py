@@ -1287,8 +1287,7 @@ def test_a_killed_process_ends_the_others_with_a_whole_checkpoint(stage, victim)
     assert both[1 - victim].returncode == 1 and "Traceback" not in error
     if victim == 1:  # the first process is the one that speaks
         assert "error: another process of this run is gone" in error and "--resume" in error
-    iteration = checkpoint("run/model_last.pt")["iter"]
-    assert iteration >= 10
+    assert checkpoint("run/model_last.pt")["iter"] >= 10
 
 
 @pytest.mark.slow
