@@ -17,6 +17,7 @@ import argparse
 import codecs
 import contextlib
 import ctypes
+import functools
 import hashlib
 import http.client
 import io
@@ -398,15 +399,31 @@ def split_corpus(text: str) -> tuple[str, str]:
     return text[:target], text[target:]
 
 
+@functools.lru_cache(2)
+def shuffled_windows(length: int, size: int, seed: int) -> torch.Tensor:
+    """Where an epoch's windows begin, shape (length // size,): the text as a ring, cut at random and then every `size` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    cut = torch.randint(length, (1,), generator=generator)
+    return cut + size * torch.randperm(max(1, length // size), generator=generator)
+
+
 def draw_batch(ids, config: Config, step: int, rank: int, world: int) -> torch.Tensor:
     """Rows rank::world of the batch that all processes draw together, shape (grad_accum, batch_size, block_size + 1).
 
-    The draw depends on the seed and the step alone, so a resumed run sees what an uninterrupted one would have seen.
+    classic: windows anywhere, so that some characters are read three times before others once. modern: epochs. The draw
+    depends on the seed and the step alone, so a resumed run sees what an uninterrupted one would have seen.
     """
-    generator = torch.Generator().manual_seed(hash((config.seed, step)))
     count, size = config.grad_accum * config.batch_size * world, config.block_size
-    starts = torch.randint(len(ids) - size, (count,), generator=generator)[rank::world]
-    return ids[starts[:, None] + torch.arange(size + 1)].long().view(config.grad_accum, config.batch_size, size + 1)
+    if config.recipe == "classic":
+        generator = torch.Generator().manual_seed(hash((config.seed, step)))
+        starts = torch.randint(len(ids) - size, (count,), generator=generator)
+    else:
+        rows = max(1, len(ids) // size)  # in an epoch
+        first, last = step * count // rows, ((step + 1) * count - 1) // rows  # a batch may end one epoch and begin another
+        epochs = [shuffled_windows(len(ids), size, hash((config.seed, epoch))) for epoch in range(first, last + 1)]
+        starts = torch.cat(epochs)[step * count - first * rows:][:count]
+    places = starts[rank::world, None] + torch.arange(size + 1)
+    return ids[places % len(ids)].long().view(config.grad_accum, config.batch_size, size + 1)
 
 
 # -------------------------------------------------------------------------------------------------- model

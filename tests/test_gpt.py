@@ -246,20 +246,33 @@ def test_the_split_is_the_best_of_all_cuts(text):
     assert abs(len(train) - target) == min(abs(cut - target) for cut in best)
 
 
-def test_processes_share_one_draw(stage):
-    config = config_of(stage, block_size=8, batch_size=6, grad_accum=2)
+@pytest.mark.parametrize("recipe", ["modern", "classic"])
+def test_processes_share_one_draw(stage, recipe):
+    config = config_of(stage, recipe=recipe, block_size=8, batch_size=6, grad_accum=2)
     whole = stage.draw_batch(torch.arange(100), config, 3, 0, 1)
-    assert whole.shape == (2, 6, 9) and torch.equal(whole[..., 1:], whole[..., :-1] + 1)
-    third = config_of(stage, block_size=8, batch_size=2, grad_accum=2)
+    assert whole.shape == (2, 6, 9) and torch.equal(whole[..., 1:], (whole[..., :-1] + 1) % 100)
+    third = config_of(stage, recipe=recipe, block_size=8, batch_size=2, grad_accum=2)
     parts = [stage.draw_batch(torch.arange(100), third, 3, rank, 3).view(4, 9) for rank in range(3)]
     assert torch.equal(torch.stack(parts, dim=1).view(12, 9), whole.view(12, 9))
     assert not torch.equal(stage.draw_batch(torch.arange(100), config, 4, 0, 1), whole)
 
 
-def test_every_position_of_the_text_can_be_drawn(stage):
-    config = config_of(stage, block_size=4, batch_size=200)
+def test_classic_windows_begin_at_every_position(stage):
+    config = config_of(stage, recipe="classic", block_size=4, batch_size=200)
     drawn = torch.cat([stage.draw_batch(torch.arange(9), config, step, 0, 1) for step in range(3)])
     assert set(drawn[..., 0].unique().tolist()) == {0, 1, 2, 3, 4} and drawn.max() == 8
+
+
+@pytest.mark.parametrize("length, batch_size", [(100, 6), (96, 12), (100, 50), (9, 5)])
+def test_modern_reads_nothing_twice_before_all_is_read(stage, length, batch_size):
+    """... but for less than a window. The text is a ring, each epoch cut and shuffled in its own way."""
+    config, rows = config_of(stage, block_size=8, batch_size=batch_size, grad_accum=2), length // 8
+    steps = range(math.ceil(3 * rows / (2 * batch_size)))
+    drawn = torch.cat([stage.draw_batch(torch.arange(length), config, step, 0, 1).flatten(0, 1) for step in steps])
+    assert torch.equal(drawn[:, 1:], (drawn[:, :-1] + 1) % length)
+    epochs = drawn[:3 * rows, :-1].reshape(3, -1)
+    assert [len(epoch.unique()) for epoch in epochs] == [rows * 8] * 3
+    assert rows == 1 or len({tuple(epoch.tolist()) for epoch in epochs}) == 3
 
 
 # -------------------------------------------------------------------------------------------------- model
