@@ -4,6 +4,7 @@
     python benchmarks/quality.py --input FILE --minutes 30 --out FOLDER --runs classic_256_0.001 modern_2115
 
 A run gets as many steps as fit into the minutes, at a speed measured before, and is evaluated 20 times: its best counts.
+modern is planned for 5,000 at most: it decays its rate to the end, and a longer plan learns by heart before (LOG.md).
 --jobs 2 trains two at a time, each on its share of the cores. What is finished in FOLDER is not trained again; what
 was stopped goes on. Figures: benchmarks/README.md.
 """
@@ -24,7 +25,8 @@ SHAPE = dict(block_size=256, batch_size=8)
 CLASSIC = {f"classic_{width}_{rate:g}": dict(SHAPE, recipe="classic", n_embd=width, n_head=width // 64, learning_rate=rate,
                                              dropout=0.2)  # the original project's dropout
            for width in (128, 256, 384) for rate in (3e-4, 1e-3, 3e-3)}
-MODERN = {f"modern_{seed}": dict(SHAPE, n_layer=8, dropout=0.2, learning_rate=3e-3, seed=seed) for seed in (2115, 2116)}
+MODERN = {f"modern_{seed}": dict(SHAPE, n_layer=8, dropout=0.2, learning_rate=3e-3, max_iters=5000, seed=seed)
+          for seed in (2115, 2116)}
 BPE = dict(tokenizer="custom", vocab_size=500)
 RUNS = {name: ("gpt.py", options) for name, options in (CLASSIC | MODERN).items()}
 RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", BPE | options) for name, options in (CLASSIC | MODERN).items()}
@@ -55,12 +57,13 @@ def train(name: str, args) -> str:
     """What row() says of a run that came to its end."""
     (script, options), folder, threads = RUNS[name], Path(args.out, name), max(1, (os.cpu_count() or 1) // args.jobs)
     options = dict(options, input=args.input)
+    longest = options.pop("max_iters", math.inf)
     if (folder / "model_last.pt").exists():  # of a finished run, too: it is read and has nothing left to do
         metrics = call(script, threads, run_dir=folder, input=args.input, resume=True)
     else:
         call(script, threads, **options, run_dir=f"{args.out}/probe/{name}", max_iters=150, eval_interval=50, eval_iters=1)
         times = [record["seconds"] for record in read_history(Path(args.out, "probe", name))]  # after 0, 50, 100, 150 steps
-        steps = max(1, int(60 * args.minutes * 50 / min(times[2] - times[1], times[3] - times[2])))
+        steps = min(longest, max(1, int(60 * args.minutes * 50 / min(times[2] - times[1], times[3] - times[2]))))
         metrics = call(script, threads, **options, run_dir=folder, max_iters=steps, eval_interval=math.ceil(steps / 20))
     setup = json.loads((folder / "config.json").read_text())["options"]
     history = read_history(folder)
