@@ -29,7 +29,8 @@ MODERN = {f"modern_{seed}": dict(SHAPE, n_layer=8, dropout=0.2, learning_rate=3e
           for seed in (2115, 2116)}
 BPE = dict(tokenizer="custom", vocab_size=500)
 RUNS = {name: ("gpt.py", options) for name, options in (CLASSIC | MODERN).items()}
-RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", BPE | options) for name, options in (CLASSIC | MODERN).items()}
+RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", options | BPE) for name, options in CLASSIC.items()}
+RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", options | BPE | dict(block_size=128)) for name, options in MODERN.items()}
 
 
 def call(script: str, threads: int, **options) -> dict:
