@@ -234,7 +234,7 @@ def split_corpus(text: str) -> tuple[str, str]:
 
 @functools.lru_cache(2)
 def shuffled_windows(length: int, size: int, seed: int) -> torch.Tensor:
-    """Where an epoch's windows begin, shape (length // size,): the text as a ring, cut at random and then every `size` tokens."""
+    """Where an epoch's windows begin, shape (length // size,): the text is a ring, cut at random, then every `size` tokens."""
     generator = torch.Generator().manual_seed(seed)
     cut = torch.randint(length, (1,), generator=generator)
     return cut + size * torch.randperm(max(1, length // size), generator=generator)
