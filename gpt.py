@@ -232,7 +232,7 @@ def split_corpus(text: str) -> tuple[str, str]:
     return text[:target], text[target:]
 
 
-@functools.lru_cache(2)
+@functools.lru_cache(2)  # once an epoch, not once a step
 def shuffled_windows(length: int, size: int, seed: int) -> torch.Tensor:
     """Where an epoch's windows begin, shape (length // size,): the text is a ring, cut at random, then every `size` tokens."""
     generator = torch.Generator().manual_seed(seed)
