@@ -82,6 +82,7 @@ class Config:
     n_embd: int = option(None, "width: numbers that stand for one position", 1)
     block_size: int = option(None, "context: tokens that the model sees", 2)
     dropout: float = option(None, "share of activations dropped in training", 0, 0.99)
+    rdrop: float = option(0.0, "weight of R-Drop: two dropouts of the same rows shall agree (0: off)", 0)
     batch_size: int = option(None, "rows in a batch (per process)", 1)
     grad_accum: int = option(1, "batches whose gradients are added up before a step", 1)
     max_iters: int = option(None, "optimizer steps", 1)
@@ -147,6 +148,8 @@ def make_config(given: dict, device: torch.device, checkpoint: dict | None) -> C
     config = Config(**{**known, "size": old["size"] if asked.resume else size, **given, "run_dir": asked.run_dir})
     if config.size == "auto":
         config = replace(config, size=size)
+    if config.rdrop and not config.dropout:
+        raise Stop(f"--rdrop {config.rdrop} compares what two dropouts say: give --dropout, too")
     if config.n_embd % config.n_head or config.recipe == "modern" and config.n_embd // config.n_head % 2:
         raise Stop(f"--n_embd {config.n_embd} must be divisible by --n_head {config.n_head} (modern: into an even number)")
     return config
@@ -414,6 +417,18 @@ class GPTLanguageModel(nn.Module):
             x = block(x, mask, rope, cache)
         logits = self.lm_head(self.norm(x))  # (B, T, vocab_size)
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def rdrop_loss(logits, targets, weight: float):
+    """R-Drop (Liang et al., arXiv:2106.14448): a row that goes through two dropouts shall be predicted alike.
+
+    logits: (2B, T, V), the rows twice; targets: (B, T). Returns (loss, nats): the mean nats of both, and with them `weight`
+    times the Kullback-Leibler divergence of the two, the mean of both directions.
+    """
+    p, q = logits.float().log_softmax(dim=-1).chunk(2)  # (B, T, V) each
+    nats = -(p + q).gather(-1, targets[..., None]).mean() / 2
+    divergence = ((p.exp() - q.exp()) * (p - q)).sum(dim=-1).mean() / 2
+    return nats + weight * divergence, nats
 
 
 # ---------------------------------------------------------------------------------- optimizer and schedule
@@ -769,10 +784,14 @@ class Trainer:
                 group["lr"] = learning_rate(config, step)
         total = 0
         for rows in batch:  # (B, T + 1)
+            inputs, targets = rows[:, :-1], rows[:, 1:]
             with self.amp:
-                loss = self.network(rows[:, :-1], rows[:, 1:]) / config.grad_accum
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+                if config.rdrop:
+                    loss, nats = rdrop_loss(self.network(inputs.repeat(2, 1)), targets, config.rdrop)
+                else:
+                    loss = nats = self.network(inputs, targets)
+            self.scaler.scale(loss / config.grad_accum).backward()
+            total += nats.detach() / config.grad_accum
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)

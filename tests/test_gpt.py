@@ -732,6 +732,46 @@ def test_training_works_outside_the_main_thread(stage):
     assert {path.name for path in Path("run").iterdir()} == RUN
 
 
+def test_rdrop_adds_the_divergence_of_two_predictions_to_their_loss(stage):
+    logits, targets = torch.randn(4, 5, 20, requires_grad=True), torch.randint(20, (2, 5))
+    loss, nats = stage.rdrop_loss(logits, targets, 3.0)
+    one, two = (part.log_softmax(dim=-1).flatten(0, 1) for part in logits.chunk(2))
+    both_ways = [F.kl_div(a, b, reduction="batchmean", log_target=True) for a, b in ((one, two), (two, one))]
+    torch.testing.assert_close(nats, F.cross_entropy(logits.flatten(0, 1), targets.repeat(2, 1).flatten()))
+    torch.testing.assert_close(loss, nats + 3.0 * sum(both_ways) / 2)
+    assert torch.autograd.grad(loss, logits)[0].any(dim=-1).all()
+    loss, nats = stage.rdrop_loss(logits[:2].repeat(2, 1, 1), targets, 3.0)
+    assert torch.equal(loss, nats)  # alike: nothing to add
+
+
+def test_rdrop_makes_two_dropouts_agree(stage):
+    """The stronger it is, the less they differ; the training loss that a run tells stays the one without it."""
+    class Measured(stage.Trainer):
+        def check_up(self):
+            super().check_up()
+            torch.manual_seed(0)
+            self.model.train()
+            rows = self.train_ids[:256].long().view(-1, self.config.block_size)
+            one, two = (self.model(rows).float().softmax(dim=-1) for _ in range(2))
+            differ.append((one - two).abs().mean().item())
+
+    found = {}
+    for weight in (1e-9, 30.0):
+        differ = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stage, "Trainer", Measured)
+            stage.main(tiny(stage, rdrop=weight, dropout=0.5, max_iters=40, eval_interval=40, run_dir=f"run{weight}"))
+        found[weight] = differ[-1]
+    assert found[30.0] < 0.7 * found[1e-9]
+    losses = [history(f"run{weight}")[-1]["train_loss"] for weight in found]
+    assert losses == pytest.approx([history("run1e-09")[-1]["train_loss"]] * 2, rel=0.3)
+
+
+def test_rdrop_needs_a_dropout(stage, capsys):
+    before = tree()
+    assert "give --dropout" in refused(stage, capsys, tiny(stage, rdrop=1, dropout=0)) and tree() == before
+
+
 # ------------------------------------------------------------------------------------------------- resume
 def cut_off(stage, at, argv):
     """Run up to a step, then stop as a crash would."""
@@ -747,8 +787,9 @@ def cut_off(stage, at, argv):
 
 
 @both_recipes
-def test_a_resumed_run_is_bit_identical(stage, recipe):
-    common = dict(recipe=recipe, warmup_iters=2, max_iters=10)
+@pytest.mark.parametrize("rdrop", [0.0, 1.0])
+def test_a_resumed_run_is_bit_identical(stage, recipe, rdrop):
+    common = dict(recipe=recipe, warmup_iters=2, max_iters=10, dropout=0.2, rdrop=rdrop)
     stage.main(tiny(stage, **common, run_dir="whole"))
     cut_off(stage, 7, tiny(stage, **common, run_dir="cut"))
     assert checkpoint("cut/model_last.pt")["iter"] == 5
@@ -1174,8 +1215,8 @@ def test_numbers_that_are_none(stage, capsys, value):
 
 
 def test_zero_is_refused_where_it_means_nothing(stage, capsys):
-    useful = {"dropout", "weight_decay", "grad_clip", "warmup_iters", "eval_iters", "patience", "sample_interval", "seed",
-              "temperature", "top_k"}
+    useful = {"dropout", "rdrop", "weight_decay", "grad_clip", "warmup_iters", "eval_iters", "patience", "sample_interval",
+              "seed", "temperature", "top_k"}
     for f in fields(stage.Config):
         if f.type in (int, float) and f.name not in useful:
             assert f"--{f.name} 0" in refused(stage, capsys, tiny(stage, **{f.name: 0}))
