@@ -227,7 +227,8 @@ def test_the_loss_in_slices_is_the_plain_one(recipe, vocab_size, ignored):
 
 
 @both_recipes
-def test_the_same_text_is_learned_in_the_same_steps(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rdrop", ["0", "1"])
+def test_the_same_text_is_learned_in_the_same_steps(recipe, rdrop, tmp_path, monkeypatch):
     """Stage 2 with stage 1's tokenizer goes the same way: same losses, same files but the tokenizer's, same sample."""
     (tmp_path / "songs.txt").write_text("Idzie noc, a za nią świt\nKtoś na dachu liczy zyski\n" * 20, encoding="utf-8")
     with monkeypatch.context() as patch:
@@ -236,8 +237,8 @@ def test_the_same_text_is_learned_in_the_same_steps(recipe, tmp_path, monkeypatc
         results = [stage.main([
             "--input", str(tmp_path / "songs.txt"), "--run_dir", str(tmp_path / stage.__name__), "--recipe", recipe,
             "--n_layer", "2", "--n_embd", "16", "--n_head", "2", "--block_size", "16", "--batch_size", "4", "--dropout", "0.1",
-            "--max_iters", "12", "--eval_interval", "4", "--sample_interval", "0", "--weight_decay", "0.1", "--device", "cpu",
-            "--dtype", "float32", "--temperature", "0", "--max_new_tokens", "60"]) for stage in (gpt, gpt_tiktoken)]
+            "--rdrop", rdrop, "--max_iters", "12", "--eval_interval", "4", "--sample_interval", "0", "--weight_decay", "0.1",
+            "--device", "cpu", "--dtype", "float32", "--temperature", "0", "--max_new_tokens", "60"]) for stage in (gpt, gpt_tiktoken)]
     assert results[0]["val_bpc"] == pytest.approx(results[1]["val_bpc"], rel=1e-4)
     assert results[0]["params"] == results[1]["params"] and results[0].keys() < results[1].keys()
     runs = [tmp_path / stage.__name__ for stage in (gpt, gpt_tiktoken)]
