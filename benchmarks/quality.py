@@ -4,7 +4,8 @@
     python benchmarks/quality.py --input FILE --minutes 30 --out FOLDER --runs classic_256_0.001 modern_2115
 
 A run gets as many steps as fit into the minutes, at a speed measured before, and is evaluated 20 times: its best counts.
-modern is planned for 5,000 at most: it decays its rate to the end, and a longer plan learns by heart before (LOG.md).
+modern is planned for 5,000 or 8,000 at most: it decays its rate to the end, and a longer plan learns by heart before
+(LOG.md).
 --jobs 2 trains two at a time, each on its share of the cores. What is finished in FOLDER is not trained again; what
 was stopped goes on. Figures: benchmarks/README.md.
 """
@@ -25,12 +26,13 @@ SHAPE = dict(block_size=256, batch_size=8)
 CLASSIC = {f"classic_{width}_{rate:g}": dict(SHAPE, recipe="classic", n_embd=width, n_head=width // 64, learning_rate=rate,
                                              dropout=0.2)  # the original project's dropout
            for width in (128, 256, 384) for rate in (3e-4, 1e-3, 3e-3)}
-MODERN = {f"modern_{seed}": dict(SHAPE, n_layer=8, dropout=0.2, learning_rate=3e-3, max_iters=5000, seed=seed)
+MODERN = {f"modern_{seed}": dict(SHAPE, n_layer=8, dropout=0.2, rdrop=1.0, learning_rate=3e-3, max_iters=5000, seed=seed)
           for seed in (2115, 2116)}
 BPE = dict(tokenizer="custom", vocab_size=500)
 RUNS = {name: ("gpt.py", options) for name, options in (CLASSIC | MODERN).items()}
 RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", options | BPE) for name, options in CLASSIC.items()}
-RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", options | BPE | dict(block_size=128)) for name, options in MODERN.items()}
+RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", options | BPE | dict(block_size=128, dropout=0.25, rdrop=2.0, max_iters=8000))
+         for name, options in MODERN.items()}
 
 
 def call(script: str, threads: int, **options) -> dict:
