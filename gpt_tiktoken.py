@@ -466,9 +466,9 @@ class Dropout(nn.Dropout):
         if x.device.type != "cpu":
             return super().forward(x)
         bound = round(256 * self.p)
-        words = torch.empty(math.ceil(x.numel() / 8), dtype=torch.int64).random_(-2**63, None)  # 64 random bits each
-        keep = words.view(torch.uint8)[:x.numel()].view(x.shape) >= bound
-        return x * (keep.to(x.dtype) * (256 / (256 - bound)))
+        words = torch.randint(-2**63, 2**63 - 1, (math.ceil(x.numel() / 8),))  # 64 random bits each
+        numbers = words.view(torch.uint8)[:x.numel()].view(x.shape).to(x.dtype)  # so that --compile finds vectors
+        return x * torch.ge(numbers, bound, out=torch.empty_like(numbers)).mul_(256 / (256 - bound))
 
 
 class MultiHeadAttention(nn.Module):

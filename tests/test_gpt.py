@@ -1362,6 +1362,12 @@ def test_a_killed_process_ends_the_others_with_a_whole_checkpoint(stage, victim)
     assert checkpoint("run/model_last.pt")["iter"] >= 10
 
 
+def test_compile_finds_one_graph(stage):  # a break inside each dropout cost all that compiling gains
+    model, idx = model_of(stage, "modern", dropout=0.2).train(), torch.randint(20, (2, 12))
+    found = torch._dynamo.explain(model)(idx, idx)
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_learns_the_same(stage):
     stage.main(tiny(stage, dropout=0.0, run_dir="plain"))
