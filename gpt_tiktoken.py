@@ -1113,7 +1113,9 @@ class Trainer:
                 now["seconds"] += time.perf_counter() - clock
                 bar.update()
                 if now["iter"] == start + 10:
-                    minutes = (config.max_iters - now["iter"]) * now["seconds"] / now["iter"] / 60
+                    early = now["seconds"]  # the first steps take longer, with --compile by far
+                if now["iter"] == start + 20:
+                    minutes = (config.max_iters - now["iter"]) * (now["seconds"] - early) / 10 / 60
                     self.say(f"about {minutes:.1f} minutes of training to go")
 
     def metrics(self) -> dict:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import http.server
 import importlib
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -1360,6 +1362,13 @@ def test_a_killed_process_ends_the_others_with_a_whole_checkpoint(stage, victim)
     if victim == 1:  # the first process is the one that speaks
         assert "error: another process of this run is gone" in error and "--resume" in error
     assert checkpoint("run/model_last.pt")["iter"] >= 10
+
+
+def test_the_time_to_go_leaves_out_the_first_steps(stage, monkeypatch, capsys):  # with --compile they take half a minute
+    ticks = (100.0 * min(n, 20) + 3 * max(0, n - 20) for n in itertools.count())  # two a step: 100 s, later 3 s
+    monkeypatch.setattr(stage, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks), strftime=time.strftime))
+    stage.main(tiny(stage, max_iters=40, eval_interval=40))
+    assert "about 1.0 minutes of training to go" in capsys.readouterr().out
 
 
 def test_compile_finds_one_graph(stage):  # a break inside each dropout cost all that compiling gains
