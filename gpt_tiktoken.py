@@ -52,13 +52,13 @@ POLISH = "flax-community/papuGaPT2"
 # Options that were not given come from the size and the recipe.
 SIZES = {
     "tiny": dict(n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=8, max_iters=300, dropout=0.2,
-                 eval_interval=50, sample_interval=100),
+                 grow=0, eval_interval=50, sample_interval=100),
     "base": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, max_iters=5000, dropout=0.2,
-                 eval_interval=100, sample_interval=500),
+                 grow=0, eval_interval=100, sample_interval=500),
 }
 RECIPES = {
     "modern": dict(learning_rate=5e-3, weight_decay=0.1, grad_clip=1.0, warmup_iters=20),
-    "classic": dict(learning_rate=3e-4, weight_decay=0.1, grad_clip=0.0, warmup_iters=0),
+    "classic": dict(learning_rate=3e-4, weight_decay=0.1, grad_clip=0.0, warmup_iters=0, grow=0),
 }
 SHAPE = ("recipe", "n_layer", "n_head", "n_embd", "block_size",  # what a checkpoint's weights depend on
          "tokenizer", "encoding", "vocab_size", "prune_vocab")
@@ -98,6 +98,7 @@ class Config:
     block_size: int = option(None, "context: tokens that the model sees", 2)
     dropout: float = option(None, "share of activations dropped in training", 0, 0.99)
     rdrop: float = option(0.0, "weight of R-Drop: two dropouts of the same rows shall agree (0: off)", 0)
+    grow: int = option(None, "begin with short rows that double in length so many times, their number halving", 0, 10)
     batch_size: int = option(None, "rows in a batch (per process)", 1)
     grad_accum: int = option(1, "batches whose gradients are added up before a step", 1)
     max_iters: int = option(None, "optimizer steps", 1)
@@ -150,7 +151,7 @@ def make_config(given: dict, device: torch.device, checkpoint: dict | None) -> C
     asked = Config(**given)
     old = checkpoint["config"] if checkpoint else {}
     size = asked.size if asked.size != "auto" else "base" if device.type == "cuda" else "tiny"
-    known = dict(**SIZES[size], **RECIPES[old.get("recipe", asked.recipe)])
+    known = SIZES[size] | RECIPES[old.get("recipe", asked.recipe)]
     for name in SHAPE if checkpoint else ():
         if given.get(name, old[name]) != old[name]:
             raise Stop(f"--{name} {given[name]} contradicts the checkpoint's {old[name]}: leave it out, or train anew")
@@ -410,12 +411,23 @@ def shuffled_windows(length: int, size: int, seed: int) -> torch.Tensor:
     return cut + size * torch.randperm(max(1, length // size), generator=generator)
 
 
+def growing(config: Config, step: int) -> Config:
+    """The config with the rows of this step: they double in length `grow` times, at even intervals, up to the context.
+
+    Each time they become half as many. What stands near is learned first, and short rows are quick: attention looks at all
+    pairs of positions (Press et al., "Shortformer", arXiv:2012.15832).
+    """
+    factor = 2 ** (config.grow - step * (config.grow + 1) // config.max_iters)
+    return replace(config, block_size=max(1, config.block_size // factor), batch_size=config.batch_size * factor)
+
+
 def draw_batch(ids, config: Config, step: int, rank: int, world: int) -> torch.Tensor:
     """Rows rank::world of the batch that all processes draw together, shape (grad_accum, batch_size, block_size + 1).
 
     classic: windows anywhere, so that some characters are read three times before others once. modern: epochs. The draw
     depends on the seed and the step alone, so a resumed run sees what an uninterrupted one would have seen.
     """
+    config = growing(config, step)
     count, size = config.grad_accum * config.batch_size * world, config.block_size
     if config.recipe == "classic":
         generator = torch.Generator().manual_seed(hash((config.seed, step)))
@@ -938,7 +950,7 @@ def compiled(network, device: torch.device):
     except RuntimeError as e:
         print(f"note: --compile finds no compiler here ({type(e).__name__}): the model runs as it is")
         return network
-    return torch.compile(network)
+    return torch.compile(network, dynamic=False)  # anew for each length of the rows
 
 
 def keep_memory():

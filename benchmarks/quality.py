@@ -64,9 +64,10 @@ def train(name: str, args) -> str:
     if (folder / "model_last.pt").exists():  # of a finished run, too: it is read and has nothing left to do
         metrics = call(script, threads, run_dir=folder, input=args.input, resume=True)
     else:
-        call(script, threads, **options, run_dir=f"{args.out}/probe/{name}", max_iters=150, eval_interval=50, eval_iters=1)
-        times = [record["seconds"] for record in read_history(Path(args.out, "probe", name))]  # after 0, 50, 100, 150 steps
-        steps = min(longest, max(1, int(60 * args.minutes * 50 / min(times[2] - times[1], times[3] - times[2]))))
+        call(script, threads, **options, run_dir=f"{args.out}/probe/{name}", max_iters=150, eval_interval=5, eval_iters=1)
+        history = read_history(Path(args.out, "probe", name))  # rows grow in so short a run, too
+        seconds = (history[-1]["seconds"] - history[1]["seconds"]) / 145  # a step, but for the first five
+        steps = min(longest, max(1, int(60 * args.minutes / seconds)))
         metrics = call(script, threads, **options, run_dir=folder, max_iters=steps, eval_interval=math.ceil(steps / 20))
     setup = json.loads((folder / "config.json").read_text())["options"]
     history = read_history(folder)

@@ -89,7 +89,8 @@ def measure(name: str, steps: int) -> dict:
     stage, plain = importlib.import_module(script), options.pop("plain", False)
     random.seed(0)
     text = "".join(random.choice("aąbcdeę fghijklłmn\noóprsśtuwyzźż") for _ in range(60000))
-    config = stage.make_config(dict(input="-", device="cpu", size=size, recipe=recipe, **options), torch.device("cpu"), None)
+    given = dict(input="-", device="cpu", size=size, recipe=recipe, grow=0, **options)  # rows as long as the context
+    config = stage.make_config(given, torch.device("cpu"), None)
     tokenizer = FiftyThousand() if script == "gpt_tiktoken" else stage.make_tokenizer(config, text, None)
     tokens, hidden = config.batch_size * config.block_size, 3 * config.n_embd
     before, dtype = peak(), stage.mixed_precision(config.dtype, torch.device("cpu")).fast_dtype

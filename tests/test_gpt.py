@@ -250,10 +250,10 @@ def test_the_split_is_the_best_of_all_cuts(text):
 
 @pytest.mark.parametrize("recipe", ["modern", "classic"])
 def test_processes_share_one_draw(stage, recipe):
-    config = config_of(stage, recipe=recipe, block_size=8, batch_size=6, grad_accum=2)
+    config = config_of(stage, recipe=recipe, block_size=8, grow=0, batch_size=6, grad_accum=2)
     whole = stage.draw_batch(torch.arange(100), config, 3, 0, 1)
     assert whole.shape == (2, 6, 9) and torch.equal(whole[..., 1:], (whole[..., :-1] + 1) % 100)
-    third = config_of(stage, recipe=recipe, block_size=8, batch_size=2, grad_accum=2)
+    third = config_of(stage, recipe=recipe, block_size=8, grow=0, batch_size=2, grad_accum=2)
     parts = [stage.draw_batch(torch.arange(100), third, 3, rank, 3).view(4, 9) for rank in range(3)]
     assert torch.equal(torch.stack(parts, dim=1).view(12, 9), whole.view(12, 9))
     assert not torch.equal(stage.draw_batch(torch.arange(100), config, 4, 0, 1), whole)
@@ -268,13 +268,36 @@ def test_classic_windows_begin_at_every_position(stage):
 @pytest.mark.parametrize("length, batch_size", [(100, 1), (100, 4), (96, 6), (100, 50), (9, 5)])
 def test_modern_reads_nothing_twice_before_all_is_read(stage, length, batch_size):
     """... but for less than a window. The text is a ring, each epoch cut and shuffled in its own way."""
-    config, rows = config_of(stage, block_size=8, batch_size=batch_size, grad_accum=2), length // 8
+    config, rows = config_of(stage, block_size=8, grow=0, batch_size=batch_size, grad_accum=2), length // 8
     steps = range(math.ceil(3 * rows / (2 * batch_size)))
     drawn = torch.cat([stage.draw_batch(torch.arange(length), config, step, 0, 1).flatten(0, 1) for step in steps])
     assert torch.equal(drawn[:, 1:], (drawn[:, :-1] + 1) % length)
     epochs = drawn[:3 * rows, :-1].reshape(3, -1)
     assert [len(epoch.unique()) for epoch in epochs] == [rows * 8] * 3
     assert rows == 1 or len({tuple(epoch.tolist()) for epoch in epochs}) == 3
+
+
+@pytest.mark.parametrize("recipe", ["modern", "classic"])
+def test_rows_grow_until_they_are_as_long_as_the_context(stage, recipe):
+    config = config_of(stage, recipe=recipe, block_size=16, batch_size=3, grad_accum=2, grow=2, max_iters=8)
+    ids = torch.arange(96)
+    shapes = [tuple(stage.draw_batch(ids, config, step, 0, 1).shape) for step in range(8)]
+    assert shapes == [(2, 12, 5)] * 3 + [(2, 6, 9)] * 3 + [(2, 3, 17)] * 2  # as many tokens in each step
+    whole = stage.draw_batch(ids, config, 0, 0, 1)
+    parts = [stage.draw_batch(ids, config_of(stage, **vars(config) | dict(batch_size=1)), 0, rank, 3) for rank in range(3)]
+    assert torch.equal(torch.stack([part.view(8, 5) for part in parts], dim=1).view(24, 5), whole.view(24, 5))
+    if recipe == "modern":  # a step is all of this text, whatever the rows' length
+        drawn = [stage.draw_batch(ids, config, step, 0, 1)[..., :-1].flatten().tolist() for step in range(8)]
+        assert all(sorted(step) == ids.tolist() for step in drawn)
+    for odd in (config_of(stage, grow=3, block_size=2, max_iters=1), config_of(stage, grow=0, block_size=13, max_iters=3)):
+        size = stage.draw_batch(ids, odd, 0, 0, 1).size(-1) - 1
+        assert size == (1 if odd.grow else 13)
+
+
+def test_classic_rows_do_not_grow_unless_asked(stage):
+    given = dict(recipe="classic", size="tiny")
+    assert stage.make_config(given, torch.device("cpu"), None).grow == 0
+    assert stage.make_config(given | dict(grow=2), torch.device("cpu"), None).grow == 2
 
 
 # -------------------------------------------------------------------------------------------------- model
@@ -1235,7 +1258,7 @@ def test_numbers_that_are_none(stage, capsys, value):
 
 
 def test_zero_is_refused_where_it_means_nothing(stage, capsys):
-    useful = {"dropout", "rdrop", "weight_decay", "grad_clip", "warmup_iters", "eval_iters", "patience", "sample_interval",
+    useful = {"dropout", "rdrop", "grow", "weight_decay", "grad_clip", "warmup_iters", "eval_iters", "patience", "sample_interval",
               "seed", "temperature", "top_k"}
     for f in fields(stage.Config):
         if f.type in (int, float) and f.name not in useful:
