@@ -1258,8 +1258,8 @@ def test_numbers_that_are_none(stage, capsys, value):
 
 
 def test_zero_is_refused_where_it_means_nothing(stage, capsys):
-    useful = {"dropout", "rdrop", "grow", "weight_decay", "grad_clip", "warmup_iters", "eval_iters", "patience", "sample_interval",
-              "seed", "temperature", "top_k"}
+    useful = {"dropout", "rdrop", "grow", "weight_decay", "grad_clip", "warmup_iters", "eval_iters", "patience",
+              "sample_interval", "seed", "temperature", "top_k"}
     for f in fields(stage.Config):
         if f.type in (int, float) and f.name not in useful:
             assert f"--{f.name} 0" in refused(stage, capsys, tiny(stage, **{f.name: 0}))

@@ -237,8 +237,8 @@ def test_the_same_text_is_learned_in_the_same_steps(recipe, rdrop, tmp_path, mon
         results = [stage.main([
             "--input", str(tmp_path / "songs.txt"), "--run_dir", str(tmp_path / stage.__name__), "--recipe", recipe,
             "--n_layer", "2", "--n_embd", "16", "--n_head", "2", "--block_size", "16", "--batch_size", "4", "--dropout", "0.1",
-            "--rdrop", rdrop, "--grow", "1", "--max_iters", "12", "--eval_interval", "4", "--sample_interval", "0", "--weight_decay", "0.1",
-            "--device", "cpu", "--dtype", "float32", "--temperature", "0", "--max_new_tokens", "60"])
+            "--rdrop", rdrop, "--grow", "1", "--max_iters", "12", "--eval_interval", "4", "--sample_interval", "0",
+            "--weight_decay", "0.1", "--device", "cpu", "--dtype", "float32", "--temperature", "0", "--max_new_tokens", "60"])
             for stage in (gpt, gpt_tiktoken)]
     assert results[0]["val_bpc"] == pytest.approx(results[1]["val_bpc"], rel=1e-4)
     assert results[0]["params"] == results[1]["params"] and results[0].keys() < results[1].keys()
