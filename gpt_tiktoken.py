@@ -51,8 +51,8 @@ POLISH = "flax-community/papuGaPT2"
 
 # Options that were not given come from the size and the recipe.
 SIZES = {
-    "tiny": dict(n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=8, max_iters=300, dropout=0.2,
-                 grow=0, eval_interval=50, sample_interval=100),
+    "tiny": dict(n_layer=4, n_head=2, n_embd=128, block_size=256, batch_size=4, max_iters=300, dropout=0.2,
+                 grow=2, eval_interval=50, sample_interval=100),
     "base": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, max_iters=5000, dropout=0.2,
                  grow=0, eval_interval=100, sample_interval=500),
 }

@@ -18,7 +18,7 @@ import gpt_tiktoken
 
 TINY = compare.flags(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=8, max_iters=40, eval_interval=20,
                      sample_interval=0, max_new_tokens=10, device="cpu", dtype="float32")
-SHAPE = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=4, max_iters=40, dropout=0.0, eval_interval=20,
+SHAPE = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=4, max_iters=40, dropout=0.0, grow=1, eval_interval=20,
              sample_interval=0)
 SONG = "Szyba drży, gdy jedzie tramwaj\nKtoś po schodach idzie sam, aj\nKot na dachu liczy gwiazdy\n"
 
