@@ -427,7 +427,6 @@ def draw_batch(ids, config: Config, step: int, rank: int, world: int) -> torch.T
     classic: windows anywhere, so that some characters are read three times before others once. modern: epochs. The draw
     depends on the seed and the step alone, so a resumed run sees what an uninterrupted one would have seen.
     """
-    config = growing(config, step)
     count, size = config.grad_accum * config.batch_size * world, config.block_size
     if config.recipe == "classic":
         generator = torch.Generator().manual_seed(hash((config.seed, step)))
@@ -778,6 +777,12 @@ def load_checkpoint(path: str, name: str = "") -> dict:
     raise Stop(f"{name} is no checkpoint of {Path(__file__).name}, or it is damaged: take another, or train again")
 
 
+def load_weights(model: GPTLanguageModel, checkpoint: dict):
+    """Take a checkpoint's weights, and the context that they have learned to use. RuntimeError: they do not fit the model."""
+    model.load_state_dict(checkpoint["model"])
+    model.config = replace(model.config, block_size=checkpoint["model_config"]["block_size"])
+
+
 def check_writable(*paths: str):
     """Stop if a file cannot be written at one of the paths. Leaves no trace."""
     for path in map(Path, paths):
@@ -909,8 +914,8 @@ def sample_text(model, tokenizer, config: Config, amp, number=0, length=None):
 
 def write_samples(model, tokenizer, config: Config, amp):
     """Write the texts to --output and to the screen at the same time: what is shown is what is saved."""
-    if len(tokenizer.encode(config.prompt)) > config.block_size:
-        print(f"note: the prompt is longer than the context; the model sees its last {config.block_size} tokens")
+    if len(tokenizer.encode(config.prompt)) > model.config.block_size:
+        print(f"note: the prompt is longer than the context; the model sees its last {model.config.block_size} tokens")
     set_aside(Path(config.output))
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     with open(config.output, "w", encoding="utf-8", newline="\n") as file:
@@ -1049,7 +1054,10 @@ class Trainer:
         """One optimizer step. What is random depends on seed, step and rank alone: no generator state needs saving."""
         config, step = self.config, self.now["iter"]
         torch.manual_seed(hash((config.seed, step, self.rank)))  # for dropout
-        batch = draw_batch(self.train_ids, config, step, self.rank, self.world).to(self.device, non_blocking=True)
+        rows = growing(config, step)
+        if self.model.config.block_size != rows.block_size:  # the context that the model has learned to use
+            self.model.config = replace(self.model.config, block_size=rows.block_size)
+        batch = draw_batch(self.train_ids, rows, step, self.rank, self.world).to(self.device, non_blocking=True)
         self.model.train()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -1079,7 +1087,9 @@ class Trainer:
     def check_up(self):
         """Evaluate, log, keep the best model and the state to go on from."""
         now, config = self.now, self.config
-        val_loss, val_bpc = evaluate(self.model, self.val_ids, self.tokenizer, config, self.amp, self.rank, self.world)
+        size = self.model.config.block_size  # as long as the rows that the last step learned from
+        rows = replace(config, block_size=size, batch_size=config.batch_size * (config.block_size // size))
+        val_loss, val_bpc = evaluate(self.model, self.val_ids, self.tokenizer, rows, self.amp, self.rank, self.world)
         losses = torch.stack(now["losses"]) if now["losses"] else torch.tensor([val_loss], dtype=torch.float64)
         train_loss = losses.mean() / self.world
         if self.world > 1:  # each process has seen rows of its own
@@ -1183,7 +1193,7 @@ def run(given: dict) -> dict:
                                        config.n_embd, config.dropout, config.recipe == "modern")).to(device)
     try:
         if checkpoint:
-            model.load_state_dict(checkpoint["model"])
+            load_weights(model, checkpoint)
     except RuntimeError:
         raise Stop(f"the weights in {source} do not fit its options: it is damaged; take another") from None
     if config.sample_only:
@@ -1209,7 +1219,7 @@ def run(given: dict) -> dict:
         trainer.say(f"stopped and saved; go on with: python {Path(__file__).name} --resume --run_dir {config.run_dir}")
         return {**trainer.metrics(), "signal": stopped}
     if trainer.rank == 0:
-        model.load_state_dict(load_checkpoint(config.save_path)["model"])
+        load_weights(model, load_checkpoint(config.save_path))
         write_samples(model, tokenizer, config, trainer.amp)
         if config.export_hf:
             export_hf(model, tokenizer, config.export_hf)

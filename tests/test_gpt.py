@@ -281,16 +281,20 @@ def test_modern_reads_nothing_twice_before_all_is_read(stage, length, batch_size
 def test_rows_grow_until_they_are_as_long_as_the_context(stage, recipe):
     config = config_of(stage, recipe=recipe, block_size=16, batch_size=3, grad_accum=2, grow=2, max_iters=8)
     ids = torch.arange(96)
-    shapes = [tuple(stage.draw_batch(ids, config, step, 0, 1).shape) for step in range(8)]
+
+    def draw(config, step, rank, world):
+        return stage.draw_batch(ids, stage.growing(config, step), step, rank, world)
+
+    shapes = [tuple(draw(config, step, 0, 1).shape) for step in range(8)]
     assert shapes == [(2, 12, 5)] * 3 + [(2, 6, 9)] * 3 + [(2, 3, 17)] * 2  # as many tokens in each step
-    whole = stage.draw_batch(ids, config, 0, 0, 1)
-    parts = [stage.draw_batch(ids, config_of(stage, **vars(config) | dict(batch_size=1)), 0, rank, 3) for rank in range(3)]
+    whole = draw(config, 0, 0, 1)
+    parts = [draw(config_of(stage, **vars(config) | dict(batch_size=1)), 0, rank, 3) for rank in range(3)]
     assert torch.equal(torch.stack([part.view(8, 5) for part in parts], dim=1).view(24, 5), whole.view(24, 5))
     if recipe == "modern":  # a step is all of this text, whatever the rows' length
-        drawn = [stage.draw_batch(ids, config, step, 0, 1)[..., :-1].flatten().tolist() for step in range(8)]
+        drawn = [draw(config, step, 0, 1)[..., :-1].flatten().tolist() for step in range(8)]
         assert all(sorted(step) == ids.tolist() for step in drawn)
     for odd in (config_of(stage, grow=3, block_size=2, max_iters=1), config_of(stage, grow=0, block_size=13, max_iters=3)):
-        size = stage.draw_batch(ids, odd, 0, 0, 1).size(-1) - 1
+        size = draw(odd, 0, 0, 1).size(-1) - 1
         assert size == (1 if odd.grow else 13)
 
 
@@ -797,7 +801,8 @@ def test_with_rdrop_a_run_tells_the_loss_of_both_passes_alone(stage):
         def step(self):
             torch.manual_seed(hash((self.config.seed, self.now["iter"], 0)))
             self.model.train()
-            batches = stage.draw_batch(self.train_ids, self.config, self.now["iter"], 0, 1)
+            rows = stage.growing(self.config, self.now["iter"])
+            batches = stage.draw_batch(self.train_ids, rows, self.now["iter"], 0, 1)
             with torch.no_grad():  # the same dropouts as in the step
                 expected.append(sum(F.cross_entropy(self.model(rows[:, :-1].repeat(2, 1)).flatten(0, 1),
                                                     rows[:, 1:].repeat(2, 1).flatten()).item() for rows in batches) / 2)
@@ -827,6 +832,25 @@ def cut_off(stage, at, argv):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(stage, "Trainer", Cut)
         stage.main(argv)
+
+
+def test_a_model_uses_the_context_that_it_has_learned(stage, capsys):
+    """It is evaluated with rows as long as the last step's, and a checkpoint knows how long they were."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        evaluate = stage.evaluate
+        patch.setattr(stage, "evaluate", lambda model, ids, tokenizer, config, *rest: (
+            seen.append((config.block_size, config.batch_size)), evaluate(model, ids, tokenizer, config, *rest))[1])
+        common = dict(grow=2, max_iters=6, eval_interval=1, block_size=16, batch_size=4)
+        stage.main(tiny(stage, **common, run_dir="whole"))
+    assert seen == [(16, 4), (4, 16), (4, 16), (8, 8), (8, 8), (16, 4), (16, 4)]
+    cut_off(stage, 3, tiny(stage, **common, run_dir="cut"))
+    assert checkpoint("cut/model_last.pt")["model_config"]["block_size"] == 8
+    capsys.readouterr()
+    stage.main(argv(sample_only=True, run_dir="cut", save_path="cut/model_last.pt", prompt="Noc nad tak" * 2))
+    assert "sees its last 8 tokens" in capsys.readouterr().out
+    stage.main(argv(resume=True, run_dir="cut"))
+    assert same(weights("cut"), weights("whole"))
 
 
 @both_recipes
