@@ -134,7 +134,7 @@ def parse_args(argv) -> dict:
 def make_config(given: dict, device: torch.device, checkpoint: dict | None) -> Config:
     """What was given, else the resumed checkpoint's (else its shape alone), else what size and recipe say, else the default."""
     asked = Config(**given)
-    old = checkpoint["config"] if checkpoint else {}
+    old = {"grow": 0, **checkpoint["config"]} if checkpoint else {}  # runs from before rows grew do not say so
     size = asked.size if asked.size != "auto" else "base" if device.type == "cuda" else "tiny"
     known = SIZES[size] | RECIPES[old.get("recipe", asked.recipe)]
     for name in SHAPE if checkpoint else ():
