@@ -32,7 +32,7 @@ def test_the_gpu_script_on_a_cpu(tmp_path):
 
 @pytest.mark.slow
 def test_quality_gives_each_run_its_minutes_and_trains_none_twice(tmp_path):
-    command = [sys.executable, FOLDER / "quality.py", "--input", lyrics(tmp_path), "--minutes", "0.05", "--jobs", "2", "--out",
+    command = [sys.executable, FOLDER / "quality.py", "--input", lyrics(tmp_path), "--minutes", "0.1", "--jobs", "2", "--out",
                tmp_path / "runs", "--runs", "classic_128_0.001", "modern_2115"]
     tables = []
     for _ in range(2):
