@@ -11,9 +11,11 @@ was stopped goes on. Figures: benchmarks/README.md.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +28,12 @@ SHAPE = dict(block_size=256, batch_size=8)
 CLASSIC = {f"classic_{width}_{rate:g}": dict(SHAPE, recipe="classic", n_embd=width, n_head=width // 64, learning_rate=rate,
                                              dropout=0.2)  # the original project's dropout
            for width in (128, 256, 384) for rate in (3e-4, 1e-3, 3e-3)}
-MODERN = {f"modern_{seed}": dict(SHAPE, n_layer=8, dropout=0.2, rdrop=1.0, learning_rate=3e-3, max_iters=5000, seed=seed)
-          for seed in (2115, 2116)}
+LONG = dict(n_layer=8, dropout=0.2, rdrop=1.0, learning_rate=3e-3, max_iters=5000, compile=True)
+MODERN = {f"modern_{seed}": dict(LONG, seed=seed) for seed in (2115, 2116)}
 BPE = dict(tokenizer="custom", vocab_size=500)
 RUNS = {name: ("gpt.py", options) for name, options in (CLASSIC | MODERN).items()}
 RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", options | BPE) for name, options in CLASSIC.items()}
-RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", options | BPE | dict(block_size=128, dropout=0.25, rdrop=2.0, max_iters=8000))
+RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", options | BPE | dict(grow=3, dropout=0.25, rdrop=2.0, max_iters=8000))
          for name, options in MODERN.items()}
 
 
@@ -65,8 +67,9 @@ def train(name: str, args) -> str:
         metrics = call(script, threads, run_dir=folder, input=args.input, resume=True)
     else:
         call(script, threads, **options, run_dir=f"{args.out}/probe/{name}", max_iters=150, eval_interval=5, eval_iters=1)
-        history = read_history(Path(args.out, "probe", name))  # rows grow in so short a run, too
-        seconds = (history[-1]["seconds"] - history[1]["seconds"]) / 145  # a step, but for the first five
+        seen = [record["seconds"] for record in read_history(Path(args.out, "probe", name))]  # every five steps
+        times = sorted(after - before for before, after in itertools.pairwise(seen))[:-4]  # in the others --compile is at work
+        seconds = statistics.mean(times) / 5
         steps = min(longest, max(1, int(60 * args.minutes / seconds)))
         metrics = call(script, threads, **options, run_dir=folder, max_iters=steps, eval_interval=math.ceil(steps / 20))
     setup = json.loads((folder / "config.json").read_text())["options"]
