@@ -57,9 +57,10 @@ SIZES = {
                  grow=0, eval_interval=100, sample_interval=500),
 }
 RECIPES = {
-    "modern": dict(learning_rate=5e-3, weight_decay=0.1, grad_clip=1.0, warmup_iters=20),
+    "modern": dict(learning_rate=5e-3, weight_decay=0.1, grad_clip=1.0, warmup_iters=20, max_iters=None),  # default_steps
     "classic": dict(learning_rate=3e-4, weight_decay=0.1, grad_clip=0.0, warmup_iters=0, grow=0),
 }
+EPOCHS = 12  # passes over the text that modern makes by default: in more, it begins to learn the text by heart
 SHAPE = ("recipe", "n_layer", "n_head", "n_embd", "block_size",  # what a checkpoint's weights depend on
          "tokenizer", "encoding", "vocab_size", "prune_vocab")
 
@@ -101,7 +102,7 @@ class Config:
     grow: int = option(None, "begin with short rows that double in length so many times, their number halving", 0, 10)
     batch_size: int = option(None, "rows in a batch (per process)", 1)
     grad_accum: int = option(1, "batches whose gradients are added up before a step", 1)
-    max_iters: int = option(None, "optimizer steps", 1)
+    max_iters: int = option(None, f"optimizer steps; modern: by default at most {EPOCHS} passes over the text", 1)
     learning_rate: float = option(None, "peak learning rate", 1e-9)
     weight_decay: float = option(None, "decoupled weight decay", 0)
     grad_clip: float = option(None, "largest gradient norm (0: no clipping)", 0)
@@ -712,6 +713,11 @@ def learning_rate(config: Config, step: int) -> float:
     return config.learning_rate * min(rise, (config.max_iters - step) / max(1, config.max_iters - config.warmup_iters))
 
 
+def default_steps(size: str, tokens: int, tokens_per_step: int) -> int:
+    """How long modern learns if --max_iters is not given: EPOCHS passes over the text, from 100 steps to the size's own."""
+    return min(SIZES[size]["max_iters"], max(100, EPOCHS * tokens // tokens_per_step))
+
+
 # ---------------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def evaluate(model, ids, tokenizer, config: Config, amp, rank=0, world=1) -> tuple[float, float]:
@@ -1006,6 +1012,8 @@ class Trainer:
         self.network = nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
         self.network = compiled(self.network, self.device) if config.compile else self.network
         self.tokens_per_step = config.grad_accum * config.batch_size * config.block_size * self.world
+        if config.max_iters is None:
+            self.config = replace(config, max_iters=default_steps(config.size, len(self.train_ids), self.tokens_per_step))
         self.say = tqdm.write if self.rank == 0 else lambda text: None  # prints above the progress bar
         # How far the run has come, as its checkpoints hold it. losses: those since the last evaluation.
         self.now = dict(iter=0, best_iter=0, best_val_loss=math.inf, evals_since_best=0, seconds=0.0, losses=[], history=[])
@@ -1203,12 +1211,14 @@ def run(given: dict) -> dict:
             export_hf(model, tokenizer, config.export_hf)
         return {name: checkpoint[name] for name in ("stage", "best_iter", "best_val_loss", "iter")}
     trainer = Trainer(config, model, tokenizer, text, checkpoint if config.resume else None)
+    config = trainer.config  # which now says how many steps
     if trainer.rank == 0:
         trainer.open_folder()
         save_tokenizer(tokenizer, config)
+    passes = config.max_iters * trainer.tokens_per_step / len(trainer.train_ids)
     trainer.say(f"{config.size}, {config.recipe}, {trainer.metrics()['params']:,} parameters on {device} in "
                 f"{trainer.metrics()['dtype']}: {len(text):,} characters, {config.max_iters} steps of "
-                f"{trainer.tokens_per_step:,} tokens")
+                f"{trainer.tokens_per_step:,} tokens, {passes:.1f} passes over the text")
     trainer.say(", ".join(f"{name.replace('_', ' ')} {round(value, 3):,}" for name, value in trainer.facts.items()))
     if config.resume and config.max_iters > checkpoint["config"]["max_iters"]:
         trainer.say(f"note: the learning rate is planned anew for {config.max_iters} steps")

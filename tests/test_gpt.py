@@ -170,10 +170,38 @@ def test_what_is_given_wins_over_size_and_recipe(stage):
     for device, size in (("cpu", "tiny"), ("cuda", "base")):
         config = stage.make_config({}, torch.device(device), None)
         expected = stage.SIZES[size] | stage.RECIPES["modern"] | dict(size=size, recipe="modern", seed=2115)
-        assert asdict(config) | expected == asdict(config) and None not in asdict(config).values()
+        assert asdict(config) | expected == asdict(config)
+        assert [name for name, value in asdict(config).items() if value is None] == ["max_iters"]  # as the text is long
+        classic = stage.make_config(dict(recipe="classic"), torch.device(device), None)
+        assert classic.max_iters == stage.SIZES[size]["max_iters"] and None not in asdict(classic).values()
     config = config_of(stage, size="base", recipe="classic", max_iters=7, learning_rate=0.5)
     assert (config.max_iters, config.learning_rate, config.n_embd, config.weight_decay) == (
         7, 0.5, stage.SIZES["base"]["n_embd"], stage.RECIPES["classic"]["weight_decay"])
+
+
+def test_modern_is_planned_for_some_passes_over_the_text(stage):
+    assert stage.default_steps("tiny", 20_000, 2048) == stage.EPOCHS * 20_000 // 2048 == 117
+    assert stage.default_steps("tiny", 2000, 2048) == 100  # of a few lines more, or nothing would be learned
+    for size in ("tiny", "base"):
+        assert stage.default_steps(size, 10**9, 2048) == stage.SIZES[size]["max_iters"]
+
+
+def test_a_run_without_max_iters_plans_its_steps_and_a_resumed_one_keeps_the_plan(stage):
+    Path("songs.txt").write_text(TEXT * 2, encoding="utf-8")
+    way = argv(**{name: value for name, value in (TINY | STAGES[stage.__name__]).items() if name != "max_iters"},
+               input="songs.txt", run_dir="run", patience=1, learning_rate=1, warmup_iters=0)
+    metrics = stage.main(way)
+    planned = json.loads(Path("run/config.json").read_text())["options"]["max_iters"]
+    tokens = round(metrics["tokens_per_vocab_entry"] * metrics["vocab_size"])
+    assert planned == checkpoint("run/model_last.pt")["config"]["max_iters"] == stage.EPOCHS * tokens // 64 > 100
+    assert metrics["iters"] < planned  # it got no better, so it ended early
+    assert stage.main(argv(resume=True, run_dir="run", patience=2))["iters"] < planned
+    assert checkpoint("run/model_last.pt")["config"]["max_iters"] == planned
+    Path("run/songs.txt").write_text(TEXT, encoding="utf-8")
+    further = argv(load_url=address("run/model_best.pt"), input="run/songs.txt", run_dir="further", device="cpu", patience=1,
+                   batch_size=64, eval_interval=1)
+    stage.main(further)  # a new run: a plan of its own
+    assert json.loads(Path("further/config.json").read_text())["options"]["max_iters"] == 100
 
 
 def test_help_fits_a_terminal_and_tells_every_option(stage, capsys, monkeypatch):
