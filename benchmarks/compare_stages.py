@@ -6,9 +6,10 @@
 
 Writes comparison.md and comparison.png to assets/results (--out), and in a folder for each run its metrics, plot and
 samples. Each run's best model writes 5 samples of 1,000 characters, kept in RUN_DIR/samples: as long as the run stays
-the same, a second call needs no model. --run trains each
-model in --runs/NAME for about --minutes of training steps (evaluations come on top) and skips what is finished; stopped
-or killed, the same command goes on. Wants morfeusz2 (requirements-dev.txt): without it, real words are left out.
+the same, a second call needs no model. --run trains each model in --runs/NAME for about --minutes of training steps
+(evaluations come on top), stages 1 and 2 for as many passes over the text at most as they make by default: a longer plan
+learns it by heart. It skips what is finished; stopped or killed, the same command goes on. Wants morfeusz2
+(requirements-dev.txt): without it, real words are left out.
 """
 
 import argparse
@@ -190,6 +191,8 @@ def read_run(folder: str) -> Run:
     if metrics.get("stage") not in SCRIPTS or not {"options", "corpus_sha256"} <= setup.keys():
         corpus.fail(f"{folder} holds no finished run (metrics.json beside config.json or run.json): train it, or name another")
     metrics.setdefault("chars_per_second", metrics["tokens_per_second"] * metrics["chars_per_token"])
+    metrics.setdefault("epochs", metrics["tokens_per_second"] * metrics["seconds"] / (  # stage 3 says it itself
+        metrics["tokens_per_vocab_entry"] * metrics["vocab_size"]))
     metrics["device"] = f"{metrics['device']}, {metrics['dtype']}"
     return Run(path.resolve().name, path, metrics["stage"], setup["options"], setup["corpus_sha256"], metrics)
 
@@ -267,15 +270,21 @@ def call(plan, **options) -> dict:
     return metrics
 
 
-def seconds_per_step(plan) -> float:
-    """How long a training step takes here, in a short run in a folder that is thrown away. Rows grow there, too: the mean of
-    all but the first steps."""
+def probe(plan) -> tuple[float, float]:
+    """(seconds a training step takes here, steps that make the passes over the text which the script would make itself).
+
+    By a short run in a folder that is thrown away. Rows grow there, too: the mean of all but the first steps.
+    """
     short = dict(max_steps=3, num_samples=1) if plan.hf else dict(max_iters=60, eval_interval=4, eval_iters=1)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        call(plan, **{plan.place: folder}, **short, max_new_tokens=1)
+        metrics = call(plan, **{plan.place: folder}, **short, max_new_tokens=1)
         lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     before, last = (json.loads(lines[i]) for i in (-2 if plan.hf else 1, -1))
-    return (last["seconds"] - before["seconds"]) / (last["iter"] - before["iter"])
+    seconds = (last["seconds"] - before["seconds"]) / (last["iter"] - before["iter"])
+    if plan.hf:  # its --epochs limit it
+        return seconds, math.inf
+    tokens = metrics["tokens_per_vocab_entry"] * metrics["vocab_size"]
+    return seconds, plan.script.EPOCHS * tokens / (metrics["tokens_per_second"] * metrics["seconds"] / metrics["iters"])
 
 
 def train(plan, minutes: float) -> list[str]:
@@ -288,8 +297,11 @@ def train(plan, minutes: float) -> list[str]:
             print(f"{plan.name}: going on", flush=True)
             call(plan, **{plan.place: plan.folder}, resume=True)
         else:
-            steps = max(1, int(60 * minutes / seconds_per_step(plan)))
-            print(f"{plan.name}: {minutes:g} minutes are about {steps:,} steps", flush=True)
+            seconds, most = probe(plan)
+            steps = max(1, int(60 * minutes / seconds))
+            print(f"{plan.name}: {minutes:g} minutes are about {steps:,} steps" + (
+                f"; {most:,.0f} are enough passes over the text" if most < steps else ""), flush=True)
+            steps = steps if steps <= most else max(1, round(most))
             limits = dict(max_steps=steps) if plan.hf else dict(max_iters=steps, eval_interval=math.ceil(steps / 10),
                                                                 sample_interval=0, patience=0)
             call(plan, **{plan.place: plan.folder}, **limits)

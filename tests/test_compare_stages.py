@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -155,7 +156,9 @@ def test_two_runs_are_compared_and_the_second_call_needs_no_model(runs, tmp_path
     *ours, real = figures
     for run, folder in zip(ours, runs):
         said = json.loads(Path(folder, "metrics.json").read_text())
-        assert all(run.values[name] == said[name] for name in set(compare.COSTS) - {"device", "epochs"})  # epochs: of stage 3
+        assert all(run.values[name] == said[name] for name in set(compare.COSTS) - {"device", "epochs"})
+        tokens = said["tokens_per_vocab_entry"] * said["vocab_size"]
+        assert run.values["epochs"] == pytest.approx(40 * 8 * 32 / tokens)  # 40 steps of 8 x 32 tokens
         assert run.values["unseen"] > real.values["unseen"] == 0  # the songs of the corpus repeat each other's lines
         assert all(0 < len(corpus_report.flatten(text)) <= 200 for text in run.texts) and len(set(run.texts)) == 5
     assert real.name == "validation text" and real.values["real"] == 100 and real.values["copied"] == 100
@@ -254,13 +257,16 @@ def test_run_trains_skips_what_is_done_and_goes_on_with_what_is_not(made, monkey
     monkeypatch.setattr(compare, "TRAINING", {"char": {}, "custom": dict(tokenizer="custom", vocab_size=300),
                                               "too_large": dict(tokenizer="custom", vocab_size=50_000)})
     argv = ["--run", *compare.flags(input=made / "songs.txt", runs="runs", out="out", minutes=0.5, size="tiny")]
-    assert 0 < compare.seconds_per_step(next(compare.plans(compare.parse_args(argv)))) < 2
-    monkeypatch.setattr(compare, "seconds_per_step", lambda plan: 1.0)
+    plan = next(compare.plans(compare.parse_args(argv)))
+    seconds, most = compare.probe(plan)
+    training, _ = gpt.split_corpus(gpt.read_corpus(made / "songs.txt"))
+    assert 0 < seconds < 2 and most == pytest.approx(gpt.EPOCHS * len(training) / (32 * 4))  # a step reads 4 x 32 characters
+    monkeypatch.setattr(compare, "probe", lambda plan: (1.0, 20.0 if plan.name == "custom" else math.inf))
     char, custom, _ = compare.main(argv)
     out, err = capsys.readouterr()
     assert "too_large: left out" in out and "--vocab_size 50000 is too large" in err
-    for run in (char, custom):
-        assert run.values["iters"] == run.options["max_iters"] == 30  # half a minute at one second a step
+    for run, steps in ((char, 30), (custom, 20)):  # half a minute at one second a step; enough passes over the text
+        assert run.values["iters"] == run.options["max_iters"] == steps
         assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 11  # at the start, then every tenth
     Path("runs/custom/metrics.json").unlink()  # as if it had been killed
     capsys.readouterr()
