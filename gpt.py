@@ -50,10 +50,11 @@ SIZES = {
                  grow=0, eval_interval=100, sample_interval=500),
 }
 RECIPES = {
-    "modern": dict(learning_rate=5e-3, weight_decay=0.1, grad_clip=1.0, warmup_iters=20, max_iters=None),  # default_steps
+    "modern": dict(learning_rate=5e-3, weight_decay=0.1, grad_clip=1.0, warmup_iters=20,
+                   max_iters=None, eval_interval=None, sample_interval=None),  # as long as the text: see planned
     "classic": dict(learning_rate=3e-4, weight_decay=0.01, grad_clip=0.0, warmup_iters=0, grow=0),
 }
-EPOCHS = 12  # passes over the text that modern makes by default: in more, it begins to learn the text by heart
+EPOCHS = 12  # passes over the text that modern makes by default: in more, it begins to learn it by heart
 SHAPE = ("recipe", "n_layer", "n_head", "n_embd", "block_size")  # what a checkpoint's weights depend on
 
 
@@ -507,9 +508,17 @@ def learning_rate(config: Config, step: int) -> float:
     return config.learning_rate * min(rise, (config.max_iters - step) / max(1, config.max_iters - config.warmup_iters))
 
 
-def default_steps(size: str, tokens: int, tokens_per_step: int) -> int:
-    """How long modern learns if --max_iters is not given: EPOCHS passes over the text, from 100 steps to the size's own."""
-    return min(SIZES[size]["max_iters"], max(100, EPOCHS * tokens // tokens_per_step))
+def planned(config: Config, tokens: int, tokens_per_step: int) -> Config:
+    """The config with what it leaves to the length of the training text.
+
+    modern makes EPOCHS passes over it, in 100 steps at least and the size's own number at most, and shows in between what it
+    has learned: ten evaluations or more, four samples or more.
+    """
+    size = SIZES[config.size]
+    steps = config.max_iters or min(size["max_iters"], max(100, EPOCHS * tokens // tokens_per_step))
+    plan = dict(max_iters=steps, eval_interval=min(size["eval_interval"], math.ceil(steps / 10)),
+                sample_interval=min(size["sample_interval"], math.ceil(steps / 4)))
+    return replace(config, **{name: value for name, value in plan.items() if getattr(config, name) is None})
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -751,8 +760,7 @@ class Trainer:
         self.network = nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
         self.network = compiled(self.network, self.device) if config.compile else self.network
         self.tokens_per_step = config.grad_accum * config.batch_size * config.block_size * self.world
-        if config.max_iters is None:
-            self.config = replace(config, max_iters=default_steps(config.size, len(self.train_ids), self.tokens_per_step))
+        self.config = planned(config, len(self.train_ids), self.tokens_per_step)
         self.say = tqdm.write if self.rank == 0 else lambda text: None  # prints above the progress bar
         # How far the run has come, as its checkpoints hold it. losses: those since the last evaluation.
         self.now = dict(iter=0, best_iter=0, best_val_loss=math.inf, evals_since_best=0, seconds=0.0, losses=[], history=[])
@@ -947,7 +955,7 @@ def run(given: dict) -> dict:
         write_samples(model, tokenizer, config, mixed_precision(config.dtype, device))
         return {name: checkpoint[name] for name in ("stage", "best_iter", "best_val_loss", "iter")}
     trainer = Trainer(config, model, tokenizer, text, checkpoint if config.resume else None)
-    config = trainer.config  # which now says how many steps
+    config = trainer.config  # now with its plan
     if trainer.rank == 0:
         trainer.open_folder()
     passes = config.max_iters * trainer.tokens_per_step / len(trainer.train_ids)

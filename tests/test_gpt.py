@@ -171,7 +171,8 @@ def test_what_is_given_wins_over_size_and_recipe(stage):
         config = stage.make_config({}, torch.device(device), None)
         expected = stage.SIZES[size] | stage.RECIPES["modern"] | dict(size=size, recipe="modern", seed=2115)
         assert asdict(config) | expected == asdict(config)
-        assert [name for name, value in asdict(config).items() if value is None] == ["max_iters"]  # as the text is long
+        later = {name for name, value in asdict(config).items() if value is None}
+        assert later == {"max_iters", "eval_interval", "sample_interval"}  # as long as the text
         classic = stage.make_config(dict(recipe="classic"), torch.device(device), None)
         assert classic.max_iters == stage.SIZES[size]["max_iters"] and None not in asdict(classic).values()
     config = config_of(stage, size="base", recipe="classic", max_iters=7, learning_rate=0.5)
@@ -180,10 +181,18 @@ def test_what_is_given_wins_over_size_and_recipe(stage):
 
 
 def test_modern_is_planned_for_some_passes_over_the_text(stage):
-    assert stage.default_steps("tiny", 20_000, 2048) == stage.EPOCHS * 20_000 // 2048 == 117
-    assert stage.default_steps("tiny", 2000, 2048) == 100  # of a few lines more, or nothing would be learned
-    for size in ("tiny", "base"):
-        assert stage.default_steps(size, 10**9, 2048) == stage.SIZES[size]["max_iters"]
+    def plan(tokens, **options):
+        config = stage.planned(config_of(stage, **options), tokens, 2048)
+        return config.max_iters, config.eval_interval, config.sample_interval
+
+    assert plan(20_000) == (117, 12, 30) and stage.EPOCHS * 20_000 // 2048 == 117
+    assert plan(2000) == (100, 10, 25)  # of a few lines more, or nothing would be learned
+    for name, size in stage.SIZES.items():
+        most = size["max_iters"], size["eval_interval"], size["sample_interval"]
+        assert plan(10**9, size=name)[0] == most[0] and all(a <= b for a, b in zip(plan(10**9, size=name), most))
+        assert plan(2000, size=name, recipe="classic") == most
+    assert plan(20_000, max_iters=40) == (40, 4, 10)
+    assert plan(20_000, eval_interval=50, sample_interval=0) == (117, 50, 0)  # what is given wins
 
 
 def test_a_run_without_max_iters_plans_its_steps_and_a_resumed_one_keeps_the_plan(stage):
