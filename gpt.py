@@ -1,6 +1,6 @@
 """Stage 1: a GPT built by hand learns to write lyrics, one character at a time.
 
-    python gpt.py          # two cores: 3 minutes, 2.3 to 2.6 bits per character
+    python gpt.py    # two cores: 3 minutes at most, 2.3 to 2.6 bits/character
     python gpt.py --input assets/input/input2.txt --max_iters 5000
     python gpt.py --resume          # go on after Ctrl-C or a crash
     python gpt.py --sample_only --prompt "Noc nad miastem" --num_samples 3
