@@ -58,6 +58,8 @@ RECIPES = {
 }
 EPOCHS = 12  # modern reads the text at most this often by default; after that it begins to memorize
 SHAPE = ("recipe", "n_layer", "n_head", "n_embd", "block_size")  # what the weights depend on
+# Said by the command line alone, never by a loaded file: above all where a run writes.
+UNINHERITED = {"run_dir", "save_path", "output", "load_url", "sample_only"}
 
 
 class Stop(Exception):
@@ -150,6 +152,10 @@ class CharTokenizer:
     def count_chars(self, ids: torch.Tensor) -> int:
         """How many characters the tokens stand for."""
         return ids.numel()
+
+    def describe(self, text: str, ids: torch.Tensor) -> dict:
+        """What the vocabulary makes of the training text. Density: how often an entry is seen."""
+        return dict(vocab_size=self.vocab_size, chars_per_token=1, tokens_per_vocab_entry=len(ids) / self.vocab_size)
 
 
 def make_tokenizer(asked: dict, text: str, checkpoint: dict | None) -> CharTokenizer:
@@ -696,8 +702,7 @@ def inherit(given: dict, checkpoint: dict | None) -> dict:
     if given.get("resume"):
         if given.get("max_iters", math.inf) < old["max_iters"]:
             raise Stop(f"--max_iters {given['max_iters']} is below the checkpoint's {old['max_iters']}: it may only grow")
-        # Where a run writes is said by the command line alone, never by a file.
-        names = old.keys() - {"run_dir", "save_path", "output", "load_url", "sample_only"}
+        names = old.keys() - UNINHERITED
     return {name: old[name] for name in names} | given
 
 
@@ -981,12 +986,10 @@ def check_memory(config: Config, vocab_size: int):
 
 
 def make_facts(config: Config, tokenizer, model, text: str, train_ids) -> dict:
-    """What can be said of a run before it starts. Density: how often an entry of the vocabulary is seen."""
+    """What can be said of a run before it starts."""
     device = next(model.parameters()).device
     return dict(
-        params=sum(p.numel() for p in model.parameters()), vocab_size=tokenizer.vocab_size,
-        chars_per_token=tokenizer.count_chars(train_ids) / len(train_ids),
-        tokens_per_vocab_entry=len(train_ids) / tokenizer.vocab_size,
+        tokenizer.describe(split_corpus(text)[0], train_ids), params=sum(p.numel() for p in model.parameters()),
         tokens_per_step=config.grad_accum * config.batch_size * config.block_size * WORLD,
         device=str(device), seed=config.seed, corpus_sha256=hashlib.sha256(text.encode()).hexdigest(),
         dtype=str(mixed_precision(config.dtype, device).fast_dtype).removeprefix("torch."))
@@ -1035,6 +1038,8 @@ def run(given: dict) -> dict:
         passes = config.max_iters * facts["tokens_per_step"] / len(train_ids)
         say(f"{config.size}, {config.recipe}, {facts['params']:,} parameters on {device} in {facts['dtype']}: {len(text):,} "
             f"characters, {config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {passes:.1f} passes over the text")
+        say(f"{facts['vocab_size']:,} entries in the vocabulary, each seen {facts['tokens_per_vocab_entry']:,.1f} times; "
+            f"{facts['chars_per_token']:.2f} characters a token")
         if resume and config.max_iters > saved["config"]["max_iters"]:
             say(f"note: the learning rate is planned anew for {config.max_iters} steps")
         history = train(config, model, tokenizer, train_ids, val_ids, facts, saved if resume else None)
