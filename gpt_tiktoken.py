@@ -83,6 +83,8 @@ def option(default, help, low=0, high=1e9, choices=None):
 @dataclass(frozen=True)
 class Config:
     """Every option: its name, type, default and help. None: set by --size or --recipe."""
+    seed: int = option(2115, "seed of everything random", 0, 2**62)
+    # files
     input: str = option("assets/input/input2.txt", "the text to learn from")
     run_dir: str = option("assets/tiktoken_model", "folder for everything that the run writes")
     save_path: str = option("", "best checkpoint (default: RUN_DIR/model_best.pt)")
@@ -90,6 +92,7 @@ class Config:
     resume: bool = option(False, "continue from RUN_DIR/model_last.pt")
     load_url: str = option("", "start from the checkpoint at this http(s) or file address")
     sample_only: bool = option(False, "do not train: load the best checkpoint and write samples")
+    # the model
     tokenizer: str = option("auto", "auto: the file at --tokenizer_path, else tiktoken's, else a custom one",
                             choices=("auto", "tiktoken", "custom", "polish"))
     tokenizer_path: str = option("", "tokenizer.json, or folder with vocab.json, merges.txt; custom: made if missing")
@@ -104,6 +107,7 @@ class Config:
     block_size: int = option(None, "context: how many tokens the model sees", 2)
     dropout: float = option(None, "share of activations zeroed in training", 0, 0.99)
     grow: int = option(None, "start with short rows that double in length this many times", 0, 10)
+    # training
     batch_size: int = option(None, "rows in a batch (per process)", 1, 2**20)
     grad_accum: int = option(1, "batches whose gradients are added up before a step", 1)
     max_iters: int = option(None, f"steps; modern: by default {EPOCHS} passes over the text", 1)
@@ -115,10 +119,11 @@ class Config:
     eval_iters: int = option(0, "evaluate on at most N batches (0: the whole validation split)")
     patience: int = option(10, "stop after N evaluations without a better loss (0: never)")
     sample_interval: int = option(None, "write a few lines every N steps (0: never)")
+    # the computer
     device: str = option("auto", "auto: the first available", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "auto: the fastest", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = option(False, "torch.compile the model")
-    seed: int = option(2115, "seed of everything random", 0, 2**62)
+    # sampling
     prompt: str = option("", "text to continue (default: start a new song)")
     num_samples: int = option(1, "texts to write", 1)
     max_new_tokens: int = option(500, "length of each text, in tokens", 1)
@@ -415,7 +420,7 @@ def split_corpus(text: str) -> tuple[str, str]:
     """
     target, low, high = (round(len(text) * share) for share in (0.90, 0.85, 0.95))
     for mark in (END, "\n"):
-        cuts = [text.rfind(mark, 0, target) + 1, text.find(mark, target) + 1]
+        cuts = [text.rfind(mark, 0, target) + 1, text.find(mark, target) + 1]  # before it, after it
         cuts = [cut for cut in cuts if max(low, 1) <= cut <= min(high, len(text) - 1)]
         if cuts:
             target = min(cuts, key=lambda cut: abs(cut - target))
@@ -429,7 +434,7 @@ def row_length(config: Config, step: int) -> int:
     What stands near is learned first, and short rows are quick, as attention looks at all pairs of
     positions (Press et al., "Shortformer", arXiv:2012.15832).
     """
-    doublings_left = config.grow - step * (config.grow + 1) // config.max_iters
+    doublings_left = config.grow - step * (config.grow + 1) // config.max_iters  # grow, ..., 1, 0
     return max(1, config.block_size // 2**doublings_left)
 
 
@@ -437,7 +442,7 @@ def row_length(config: Config, step: int) -> int:
 def shuffled_windows(length: int, size: int, seed: int) -> torch.Tensor:
     """Where an epoch's windows begin, shape (length // size,): the text is a ring, cut at random, then every `size`."""
     generator = torch.Generator().manual_seed(seed)
-    cut = torch.randint(length, (1,), generator=generator)
+    cut = torch.randint(length, (1,), generator=generator)  # elsewhere in each epoch
     return cut + size * torch.randperm(max(1, length // size), generator=generator)
 
 
@@ -447,14 +452,14 @@ def draw_batch(ids, config: Config, step: int, rank: int, world: int) -> torch.T
     classic: windows anywhere. modern: epochs, so that nothing is read twice before all is read. The draw
     depends on seed and step alone: a resumed run sees what an uninterrupted one would have seen.
     """
-    size = row_length(config, step)
+    size = row_length(config, step)  # T
     rows = config.batch_size * (config.block_size // size)  # where rows are shorter, there are more
-    count = config.grad_accum * rows * world
+    count = config.grad_accum * rows * world  # rows in this step, in all processes
     if config.recipe == "classic":
         generator = torch.Generator().manual_seed(hash((config.seed, step)))
         starts = torch.randint(len(ids) - size, (count,), generator=generator)[rank::world]
     else:
-        per_epoch = max(1, len(ids) // size)
+        per_epoch = max(1, len(ids) // size)  # rows
         read = range(step * count + rank, (step + 1) * count, world)  # of all rows, first to last
         starts = torch.stack([
             shuffled_windows(len(ids), size, hash((config.seed, row // per_epoch)))[row % per_epoch]
@@ -470,7 +475,7 @@ def rotate(x, rope):
     The product of a query and a key then depends on how far apart they stand. x: (..., T, hs).
     """
     cos, sin = rope.to(x.dtype)  # (T, hs / 2) each
-    a, b = x.chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)  # the pairs: one number from each half
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
@@ -483,7 +488,7 @@ class MultiHeadAttention(nn.Module):
         self.query = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.key = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.value = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.modern)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.modern)  # mixes the heads
         self.dropout = Dropout(config.dropout)
         if self.modern:  # QK-norm (Henry et al., arXiv:2010.04245) keeps the scores within bounds
             self.qk_norm = nn.LayerNorm(config.n_embd // config.n_head, bias=False)
@@ -529,7 +534,7 @@ class FeedForward(nn.Module):
         if self.modern:
             x = F.silu(self.gate(x)) * self.up(x)  # (B, T, hidden)
         else:
-            x = F.relu(self.up(x))
+            x = F.relu(self.up(x))  # (B, T, 4C)
         return self.dropout(self.down(x))
 
 
@@ -546,8 +551,8 @@ class Block(nn.Module):
 
     def forward(self, x, mask, rope=None, cache=None):
         """Shape in and out: (B, T, C)."""
-        x = x + self.attention(self.norm1(x), mask, rope, cache)
-        return x + self.feed_forward(self.norm2(x))
+        x = x + self.attention(self.norm1(x), mask, rope, cache)  # look back
+        return x + self.feed_forward(self.norm2(x))  # think
 
 
 class SlicedLoss(torch.autograd.Function):
@@ -595,14 +600,14 @@ class GPTLanguageModel(nn.Module):
     def __init__(self, config: Config, vocab_size: int):
         super().__init__()
         self.modern = config.recipe == "modern"
-        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)  # C numbers for each token
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd, bias=not self.modern)
+        self.norm = nn.LayerNorm(config.n_embd, bias=not self.modern)  # before the head
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=not self.modern)
-        T = config.block_size
+        T = config.block_size  # the context
         self.register_buffer("mask", torch.full((T, T), -math.inf).triu(1), persistent=False)
         if self.modern:
-            head_size = config.n_embd // config.n_head
+            head_size = config.n_embd // config.n_head  # hs
             speed = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)  # radians per position
             angles = torch.outer(torch.arange(T), speed)  # (T, hs / 2)
             self.register_buffer("rope", torch.stack((angles.cos(), angles.sin())), persistent=False)
@@ -622,7 +627,7 @@ class GPTLanguageModel(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, past=0):
         """Logits (B, T, vocab_size), or with targets (B, T) the mean loss. idx: (B, T), after `past` cached ones."""
-        S = past + idx.size(1)
+        S = past + idx.size(1)  # all positions so far, the last T of them new
         x = self.token_embedding(idx)  # (B, T, C)
         rope = self.rope[:, past:S] if self.modern else None
         if not self.modern:
@@ -645,7 +650,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
         return orthogonalize(matrices.mT, steps).mT
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        a = x @ x.mT
+        a = x @ x.mT  # (n, rows, rows)
         a = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a a
         x = torch.baddbmm(x, a, x, beta=3.4445)  # 3.4445 x + a x
     return x
@@ -665,12 +670,12 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """One step for all parameters."""
         for group in self.param_groups:
-            params, lr, beta = group["params"], group["lr"], group["momentum"]
+            params, lr, beta = group["params"], group["lr"], group["momentum"]  # matrices of one shape
             grad = torch.stack([p.grad for p in params])  # (n, rows, cols)
             momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad))
-            momentum.lerp_(grad, 1 - beta)
+            momentum.lerp_(grad, 1 - beta)  # a running mean of the gradients
             updates = orthogonalize(grad.lerp_(momentum, beta))  # Nesterov: look one step ahead
-            scale = 0.2 * math.sqrt(max(params[0].shape))
+            scale = 0.2 * math.sqrt(max(params[0].shape))  # as large as a typical step of AdamW
             for p, update in zip(params, updates):
                 p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * scale)
 
@@ -681,7 +686,7 @@ def make_optimizers(model: GPTLanguageModel, config: Config) -> list[torch.optim
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
     if config.recipe == "classic":
         return [torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=fused)]
-    shapes, rest = {}, []
+    shapes, rest = {}, []  # matrices of one shape are orthogonalized together
     for name, p in model.named_parameters():
         if "blocks" in name and p.ndim == 2:
             shapes.setdefault(p.shape, []).append(p)
@@ -695,8 +700,8 @@ def learning_rate(config: Config, step: int) -> float:
     """classic: constant. modern: linear warm-up, then linear decay, to zero at max_iters."""
     if config.recipe == "classic":
         return config.learning_rate
-    rise = (step + 1) / (config.warmup_iters + 1)
-    fall = (config.max_iters - step) / max(1, config.max_iters - config.warmup_iters)
+    rise = (step + 1) / (config.warmup_iters + 1)  # small steps at first
+    fall = (config.max_iters - step) / max(1, config.max_iters - config.warmup_iters)  # and at last
     return config.learning_rate * min(rise, fall)
 
 
@@ -710,17 +715,17 @@ def evaluate(model, ids, tokenizer, config: Config, context: int) -> tuple[float
     """
     model.eval()
     device = next(model.parameters()).device
-    rows = config.batch_size * (config.block_size // context)
+    rows = config.batch_size * (config.block_size // context)  # as many tokens as in training
     lacking = -(len(ids) - 1) % context  # tokens that the last window is short of
     inputs = F.pad(ids[:-1].long(), (0, lacking)).view(-1, context).split(rows)
-    targets = F.pad(ids[1:].long(), (0, lacking), value=-100).view(-1, context).split(rows)
-    nats = tokens = chars = 0
+    targets = F.pad(ids[1:].long(), (0, lacking), value=-100).view(-1, context).split(rows)  # -100: none
+    nats = tokens = chars = 0  # sums
     for x, y in list(zip(inputs, targets))[:config.eval_iters or None]:  # (B, T) each
-        told = y[y >= 0]  # -100 stands for no target
+        told = y[y >= 0]  # the last window may be short
         with mixed_precision(config.dtype, device):
             nats += model(x.to(device), y.to(device)).item() * len(told)
         tokens += len(told)
-        chars += tokenizer.count_chars(told)
+        chars += tokenizer.count_chars(told)  # a token may stand for several
     return nats / tokens, nats / (math.log(2) * chars)
 
 
@@ -728,9 +733,9 @@ def evaluate(model, ids, tokenizer, config: Config, context: int) -> tuple[float
 def draw_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one token a row from the scores: logits (B, vocab_size), result (B,)."""
     if temperature < 1e-6:
-        return logits.argmax(dim=-1)
+        return logits.argmax(dim=-1)  # the likeliest
     scores, order = (logits.float() / temperature).sort(dim=-1, descending=True)
-    probs = scores[:, :top_k or None].softmax(dim=-1)
+    probs = scores[:, :top_k or None].softmax(dim=-1)  # (B, k), the likeliest first
     if probs.isnan().any():
         raise Stop(NAN, 1)
     if top_p < 1:  # nucleus sampling (Holtzman et al., arXiv:1904.09751)
@@ -746,8 +751,8 @@ def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_
     is full, its last half is kept and read again.
     """
     model.eval()
-    seen = new = idx[:, -context:]
-    cache, past = {}, 0
+    seen = new = idx[:, -context:]  # (B, T)
+    cache, past = {}, 0  # past: how many positions the cache holds
     for _ in range(max_new_tokens):
         if past + new.size(1) > context:
             new, cache, past = seen[:, -(context // 2):], {}, 0
@@ -764,7 +769,7 @@ def sample_text(model, tokenizer, config: Config, context: int, number=0, length
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(hash((config.seed, -1, number)))
     idx = tokenizer.encode(config.prompt or tokenizer.start).long().to(device)[None]  # (1, T)
-    yield config.prompt
+    yield config.prompt  # not drawn, but part of the text
     # On a CPU casts to bfloat16 cost more than they save, with one position at a time.
     with mixed_precision("float32" if device.type == "cpu" else config.dtype, device):
         tokens = generate(model, idx, length or config.max_new_tokens, context,
@@ -780,16 +785,16 @@ def sample_text(model, tokenizer, config: Config, context: int, number=0, length
 def take_step(network, optimizers, scaler, rows, config: Config, step: int) -> torch.Tensor:
     """One optimizer step on rows (grad_accum, B, T + 1). Returns the mean loss, in nats per token."""
     torch.manual_seed(hash((config.seed, step, RANK)))  # for dropout: so there is no state to save
-    network.train()
+    network.train()  # dropout on
     amp = mixed_precision(config.dtype, rows.device)
-    total = 0
+    total = 0  # of the losses
     for batch in rows:  # (B, T + 1)
         with amp:
             loss = network(batch[:, :-1], batch[:, 1:]) / config.grad_accum
-        scaler.scale(loss).backward()
+        scaler.scale(loss).backward()  # in float16 small gradients vanish unless scaled
         total += loss.detach()
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # back to their true size
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
     norm = nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or math.inf)
@@ -810,7 +815,7 @@ def train(config: Config, model, tokenizer, train_ids, val_ids, facts: dict, sav
         network = torch.compile(network, dynamic=False)
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=facts["dtype"] == "float16")
-    history, start, seconds = [], 0, 0.0
+    history, start, seconds = [], 0, 0.0  # seconds of training alone
     if saved:  # continue where the last evaluation left the run
         history, start, seconds = saved["history"], saved["history"][-1]["iter"], saved["history"][-1]["seconds"]
         scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
@@ -845,7 +850,7 @@ def train(config: Config, model, tokenizer, train_ids, val_ids, facts: dict, sav
             return history
 
         # One step.
-        began = time.perf_counter()
+        began = time.perf_counter()  # the clock stands still while it evaluates and writes
         rows = draw_batch(train_ids, config, step, RANK, WORLD).to(device, non_blocking=True)
         losses.append(take_step(network, optimizers, scaler, rows, config, step))
         context = row_length(config, step)  # how far back the model has learned to look
@@ -865,7 +870,7 @@ class Dropout(nn.Dropout):
             return x
         if x.device.type != "cpu":
             return super().forward(x)
-        bound = round(256 * self.p)
+        bound = round(256 * self.p)  # a byte below it means zero
         words = torch.randint(-2**63, 2**63 - 1, (math.ceil(x.numel() / 8),))  # 64 random bits each
         numbers = words.view(torch.uint8)[:x.numel()].view(x.shape).to(x.dtype)
         keep = torch.ge(numbers, bound, out=torch.empty_like(numbers))  # 0 or 1, in x's own type
@@ -964,7 +969,7 @@ def parse_args(argv) -> dict:
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name}", help=f.metadata["help"] + note, **kind)
     given = vars(parser.parse_args(argv))
-    check_values(given)
+    check_values(given)  # the ranges: argparse knows types and choices
     if "prompt" in given:  # bytes that are not UTF-8 come from a shell as lone surrogates: drop them
         given["prompt"] = unicodedata.normalize("NFC", given["prompt"].encode(errors="ignore").decode())
     return given
@@ -978,11 +983,11 @@ def inherit(given: dict, checkpoint: dict | None) -> dict:
     for name in SHAPE:
         if given.get(name, old[name]) != old[name]:
             raise Stop(f"--{name} {given[name]} contradicts the checkpoint's {old[name]}: leave it out, or train anew")
-    names = set(SHAPE)
+    names = set(SHAPE)  # a new run from old weights
     if given.get("resume"):
         if given.get("max_iters", math.inf) < old["max_iters"]:
             raise Stop(f"--max_iters {given['max_iters']} is below the checkpoint's {old['max_iters']}: it may only grow")
-        names = old.keys() - UNINHERITED
+        names = old.keys() - UNINHERITED  # the same run
     return {name: old[name] for name in names} | given
 
 
@@ -1006,7 +1011,7 @@ def make_config(given: dict, device: torch.device, tokens: int = 0) -> Config:
     known.setdefault("save_path", f"{run_dir}/model_best.pt")
     known.setdefault("output", f"{run_dir}/output/sample.txt")
     config = Config(**known)
-    head_size, rest = divmod(config.n_embd, config.n_head)
+    head_size, rest = divmod(config.n_embd, config.n_head)  # heads share the width
     if rest or config.recipe == "modern" and head_size % 2:
         raise Stop(f"--n_embd {config.n_embd} must be divisible by --n_head {config.n_head} (modern: into an even number)")
     return config
@@ -1086,7 +1091,7 @@ def load_checkpoint(path: str) -> dict:
     """This stage's checkpoint in a file or at an address, on the CPU. Stop if there is none, or it is damaged."""
     try:
         with urllib.request.urlopen(path, timeout=30) if "://" in path else open(path, "rb") as source:
-            file = io.BytesIO(source.read())
+            file = io.BytesIO(source.read())  # read once, checked, then loaded
         parts = zipfile.ZipFile(file)  # torch.load takes damaged numbers as they are
         if sum(part.file_size for part in parts.infolist()) > len(file.getbuffer()) or parts.testzip():
             raise ValueError
@@ -1112,8 +1117,8 @@ def replacing(path):
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fsync(file.fileno())  # on the disk, not only on its way there
+        os.replace(temporary, path)  # at once: nobody sees half a file
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1161,14 +1166,14 @@ def run_folder(config: Config, facts: dict):
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     try:
-        lock.acquire()
+        lock.acquire()  # until the run has ended
     except filelock.Timeout:
         raise Stop(f"another process writes to --run_dir {config.run_dir}: wait, or choose another") from None
     except (OSError, NotImplementedError):
         pass  # a file system without locks
     try:
         if not config.resume and folder.exists() and any(folder.iterdir()):
-            keep_previous(folder)
+            keep_previous(folder)  # as a whole
         folder.mkdir(exist_ok=True)
         for unfinished in folder.glob("*.tmp"):  # left by a kill
             unfinished.unlink()
@@ -1286,7 +1291,7 @@ def run(given: dict) -> dict:
     elif sample_only:
         source = source or given.get("save_path") or f"{folder}/model_best.pt"
     saved = load_checkpoint(source) if source else None
-    given = inherit(given, saved)
+    given = inherit(given, saved)  # what a checkpoint says of options
     device = pick_device(given.get("device", "auto"))
     text = "" if sample_only else read_corpus(given.get("input", Config.input))
     tokenizer = make_tokenizer(given, text, saved)
@@ -1295,7 +1300,7 @@ def run(given: dict) -> dict:
     train_ids = tokenizer.encode(train_text)
     val_ids = torch.cat((train_ids[-1:], tokenizer.encode(val_text)))
     config = make_config(given, device, len(train_ids))
-    check_targets(config)
+    check_targets(config)  # before anything is written
     if not sample_only and (len(train_ids) <= config.block_size or len(val_ids) < 2):
         raise Stop(f"{config.input} is too short ({len(text):,} characters) for --block_size {config.block_size}: lower it, "
                    "or bring more text")
