@@ -199,7 +199,7 @@ def row_length(config: Config, step: int) -> int:
     return max(1, config.block_size // 2**doublings_left)
 
 
-@functools.lru_cache(2)  # once an epoch, not once a row
+@functools.lru_cache(2)  # once an epoch, not once a step
 def shuffled_windows(length: int, size: int, seed: int) -> torch.Tensor:
     """Where an epoch's windows begin, shape (length // size,): the text is a ring, cut at random, then every `size`."""
     generator = torch.Generator().manual_seed(seed)
@@ -221,10 +221,11 @@ def draw_batch(ids, config: Config, step: int, rank: int, world: int) -> torch.T
         starts = torch.randint(len(ids) - size, (count,), generator=generator)[rank::world]
     else:
         per_epoch = max(1, len(ids) // size)  # rows
-        read = range(step * count + rank, (step + 1) * count, world)  # of all rows, first to last
-        starts = torch.stack([
-            shuffled_windows(len(ids), size, hash((config.seed, row // per_epoch)))[row % per_epoch]
-            for row in read])
+        read = torch.arange(step * count + rank, (step + 1) * count, world)  # of all rows ever
+        first, last = step * count // per_epoch, ((step + 1) * count - 1) // per_epoch
+        epochs = [shuffled_windows(len(ids), size, hash((config.seed, epoch)))
+                  for epoch in range(first, last + 1)]  # a step may end one and begin another
+        starts = torch.cat(epochs)[read - first * per_epoch]
     places = starts[:, None] + torch.arange(size + 1)  # (rows, T + 1)
     return ids[places % len(ids)].long().view(config.grad_accum, rows, size + 1)
 
@@ -983,39 +984,39 @@ KNOWN = {"allocate": MEMORY, "out of memory": MEMORY, "connection": "another pro
          "compiler": "--compile needs a C++ compiler: install g++, or leave --compile out"}
 
 
-def check_memory(config: Config, vocab_size: int):
-    """Stop if weights, gradients and the optimizer's numbers alone, 16 bytes a parameter, exceed the memory."""
+def make_facts(config: Config, tokenizer, text: str, train_ids, device: torch.device) -> dict:
+    """What can be said of a run before it starts. Stop if its parameters alone need more memory than there is."""
     with torch.device("meta"):  # shapes without memory
-        model = GPTLanguageModel(config, vocab_size)
-    needed = 16 * sum(p.numel() for p in model.parameters()) + 4 * config.block_size**2
-    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise Stop(MEMORY)
-
-
-def make_facts(config: Config, tokenizer, model, text: str, train_ids) -> dict:
-    """What can be said of a run before it starts."""
-    device = next(model.parameters()).device
+        model = GPTLanguageModel(config, tokenizer.vocab_size)
+    params = sum(p.numel() for p in model.parameters())
+    if hasattr(os, "sysconf") and 16 * params > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise Stop(MEMORY)  # a weight, its gradient and two numbers of the optimizer, four bytes each
     return dict(
-        tokenizer.describe(split_corpus(text)[0], train_ids), params=sum(p.numel() for p in model.parameters()),
+        tokenizer.describe(split_corpus(text)[0], train_ids), params=params,
         tokens_per_step=config.grad_accum * config.batch_size * config.block_size * WORLD,
         device=str(device), seed=config.seed, corpus_sha256=hashlib.sha256(text.encode()).hexdigest(),
         dtype=str(mixed_precision(config.dtype, device).fast_dtype).removeprefix("torch."))
 
 
+def load_source(given: dict) -> dict | None:
+    """The checkpoint to start from, if there is to be one."""
+    folder = given.get("run_dir", Config.run_dir)
+    if given.get("resume"):
+        if given.get("load_url") or given.get("sample_only"):
+            raise Stop("--resume continues a run: leave out --load_url and --sample_only")
+        return load_checkpoint(f"{folder}/model_last.pt")
+    source = given.get("load_url")
+    if given.get("sample_only"):
+        source = source or given.get("save_path") or f"{folder}/model_best.pt"
+    return load_checkpoint(source) if source else None
+
+
 def run(given: dict) -> dict:
     """Train, then sample; or only sample. All that can be wrong is found before anything is written. The metrics."""
-    folder = given.get("run_dir", Config.run_dir)
-    resume, sample_only, source = (given.get(name) for name in ("resume", "sample_only", "load_url"))
-    if resume and (source or sample_only):
-        raise Stop("--resume continues a run: leave out --load_url and --sample_only")
-    if resume:
-        source = f"{folder}/model_last.pt"
-    elif sample_only:
-        source = source or given.get("save_path") or f"{folder}/model_best.pt"
-    saved = load_checkpoint(source) if source else None
+    saved = load_source(given)
     given = inherit(given, saved)  # what a checkpoint says of options
     device = pick_device(given.get("device", "auto"))
-    text = "" if sample_only else read_corpus(given.get("input", Config.input))
+    text = "" if given.get("sample_only") else read_corpus(given.get("input", Config.input))
     tokenizer = make_tokenizer(given, text, saved)
     tokenizer.encode(given.get("prompt", ""))  # does it know all of it?
     train_text, val_text = split_corpus(text)
@@ -1023,38 +1024,43 @@ def run(given: dict) -> dict:
     val_ids = torch.cat((train_ids[-1:], tokenizer.encode(val_text)))
     config = make_config(given, device, len(train_ids))
     check_targets(config)  # before anything is written
-    if not sample_only and (len(train_ids) <= config.block_size or len(val_ids) < 2):
-        raise Stop(f"{config.input} is too short ({len(text):,} characters) for --block_size {config.block_size}: lower it, "
-                   "or bring more text")
-    check_memory(config, tokenizer.vocab_size)
+    if config.sample_only:
+        model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
+        model.load_state_dict(saved["model"])
+        write_samples(model, tokenizer, config, saved["context"])
+        return best_of(saved["history"])
+    if len(train_ids) <= config.block_size or len(val_ids) < 2:
+        raise Stop(f"{config.input} is too short ({len(text):,} characters) for --block_size {config.block_size}: "
+                   "lower it, or bring more text")
+    facts = make_facts(config, tokenizer, text, train_ids, device)
+    if config.resume and facts["corpus_sha256"] != saved["corpus_sha256"]:
+        raise Stop(f"--input {config.input} (SHA-256 {facts['corpus_sha256'][:8]}) is not the text that this run began "
+                   f"with ({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
+    join_processes(facts)
+    with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():
+        say(f"{config.size}, {config.recipe}, {facts['params']:,} parameters on {device} in {facts['dtype']}; "
+            f"{len(text):,} characters, {facts['vocab_size']:,} entries in the vocabulary, "
+            f"each seen {facts['tokens_per_vocab_entry']:,.1f} times")
+        return train_and_sample(config, tokenizer, train_ids, val_ids, facts, saved, device)
+
+
+def train_and_sample(config: Config, tokenizer, train_ids, val_ids, facts: dict, saved: dict | None, device) -> dict:
+    """A run, once its folder is open. Returns the metrics."""
+    tokens = config.max_iters * facts["tokens_per_step"]
+    say(f"{config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {tokens / len(train_ids):.1f} passes over the text")
+    if config.resume and config.max_iters > saved["config"]["max_iters"]:
+        say(f"note: the learning rate is planned anew for {config.max_iters} steps")
+    keep_memory()
     torch.manual_seed(config.seed)
     model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
     if saved:
         model.load_state_dict(saved["model"])
-    if sample_only:
-        write_samples(model, tokenizer, config, saved["context"])
-        return best_of(saved["history"])
-
-    facts = make_facts(config, tokenizer, model, text, train_ids)
-    if resume and facts["corpus_sha256"] != saved["corpus_sha256"]:
-        raise Stop(f"--input {config.input} (SHA-256 {facts['corpus_sha256'][:8]}) is not the text that this run began with "
-                   f"({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
-    join_processes(facts)
-    keep_memory()
-    with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():
-        passes = config.max_iters * facts["tokens_per_step"] / len(train_ids)
-        say(f"{config.size}, {config.recipe}, {facts['params']:,} parameters on {device} in {facts['dtype']}: {len(text):,} "
-            f"characters, {config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {passes:.1f} passes over the text")
-        say(f"{facts['vocab_size']:,} entries in the vocabulary, each seen {facts['tokens_per_vocab_entry']:,.1f} times; "
-            f"{facts['chars_per_token']:.2f} characters a token")
-        if resume and config.max_iters > saved["config"]["max_iters"]:
-            say(f"note: the learning rate is planned anew for {config.max_iters} steps")
-        history = train(config, model, tokenizer, train_ids, val_ids, facts, saved if resume else None)
-        if RANK == 0:
-            best = load_checkpoint(f"{folder}/model_best.pt")
-            model.load_state_dict(best["model"])
-            write_samples(model, tokenizer, config, best["context"])
-        return write_report(folder, history, facts)
+    history = train(config, model, tokenizer, train_ids, val_ids, facts, saved if config.resume else None)
+    if RANK == 0:
+        best = load_checkpoint(f"{config.run_dir}/model_best.pt")
+        model.load_state_dict(best["model"])
+        write_samples(model, tokenizer, config, best["context"])
+    return write_report(config.run_dir, history, facts)
 
 
 def main(argv=None) -> dict:
