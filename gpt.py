@@ -165,14 +165,6 @@ class CharTokenizer:
         return dict(vocab_size=self.vocab_size, chars_per_token=1, tokens_per_vocab_entry=len(ids) / self.vocab_size)
 
 
-def make_tokenizer(asked: dict, text: str, checkpoint: dict | None) -> CharTokenizer:
-    """The checkpoint's tokenizer, or one whose vocabulary is the characters of the text."""
-    if checkpoint:
-        return CharTokenizer(**checkpoint["tokenizer"])
-    start = next((char for char in END + "\n" if char in text), text[:1])
-    return CharTokenizer("".join(sorted(set(text) - {END})), start)
-
-
 # --------------------------------------------------------------------------------------------- data
 def split_corpus(text: str) -> tuple[str, str]:
     """Training and validation text, the same in every stage: cut at the song boundary nearest to 90 %.
@@ -738,6 +730,14 @@ def make_config(given: dict, device: torch.device, tokens: int = 0) -> Config:
     if rest or config.recipe == "modern" and head_size % 2:
         raise Stop(f"--n_embd {config.n_embd} must be divisible by --n_head {config.n_head} (modern: into an even number)")
     return config
+
+
+def make_tokenizer(asked: dict, text: str, checkpoint: dict | None) -> CharTokenizer:
+    """The checkpoint's tokenizer, or one whose vocabulary is the characters of the text."""
+    if checkpoint:
+        return CharTokenizer(**checkpoint["tokenizer"])
+    start = next((char for char in END + "\n" if char in text), text[:1])
+    return CharTokenizer("".join(sorted(set(text) - {END})), start)
 
 
 def read_corpus(path: str) -> str:

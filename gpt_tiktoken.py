@@ -93,12 +93,14 @@ class Config:
     load_url: str = option("", "start from the checkpoint at this http(s) or file address")
     sample_only: bool = option(False, "do not train: load the best checkpoint and write samples")
     # the model
-    tokenizer: str = option("auto", "auto: the file at --tokenizer_path, else tiktoken's, else a custom one",
+    # the tokenizer
+    tokenizer: str = option("auto", "auto: --tokenizer_path, else tiktoken's, else a custom one",
                             choices=("auto", "tiktoken", "custom", "polish"))
-    tokenizer_path: str = option("", "tokenizer.json, or folder with vocab.json, merges.txt; custom: made if missing")
-    encoding: str = option("gpt2", "tiktoken's encoding", choices=("gpt2", "cl100k_base", "o200k_base"))
+    tokenizer_path: str = option("", "a tokenizer.json, or a folder with vocab.json and merges.txt; "
+                                     "custom: made if missing")
+    encoding: str = option("gpt2", "tiktoken's", choices=("gpt2", "cl100k_base", "o200k_base"))
     vocab_size: int = option(2000, "entries of a custom tokenizer", 257, 2**20)
-    prune_vocab: bool = option(False, "keep the entries that the training text uses; spell all else with bytes")
+    prune_vocab: bool = option(False, "keep the entries that the text uses; spell all else with bytes")
     size: str = option("auto", "auto: base on a GPU, else tiny", choices=("auto", *SIZES))
     recipe: str = option("modern", "modern, or the original's classic", choices=tuple(RECIPES))
     n_layer: int = option(None, "transformer blocks", 1, 1000)
@@ -140,20 +142,20 @@ END = "\0"  # that token inside this program; no text file holds this character
 
 
 def learn_merges(words: Counter, count: int) -> list[tuple[str, str]]:
-    """How a BPE is learned (Sennrich et al., arXiv:1508.07909), by hand: join the most frequent pair, again and again.
+    """How a BPE is learned (Sennrich et al., arXiv:1508.07909): join the most frequent pair, again and again.
 
-    words: how often each word stands in the text. The result: the first `count` pairs that are joined.
-    Example: learn_merges(Counter(["tak", "tam", "tu"]), 1) is [("t", "a")]. The library does the same,
-    thousands of times as fast.
+    words: how often each word stands in the text. Returns the first `count` pairs that are joined. The
+    library does the same, far more quickly. Example: learn_merges(Counter(["tak", "tam", "tu"]), 1) is
+    [("t", "a")].
     """
     split = {word: list(word) for word in words}  # at first into single symbols
     merges = []
     for _ in range(count):
-        pairs = Counter()
+        pairs = Counter()  # how often two pieces stand side by side
         for word, pieces in split.items():
             for pair in itertools.pairwise(pieces):
                 pairs[pair] += words[word]
-        if not pairs:
+        if not pairs:  # each word is one piece
             break
         best = max(pairs, key=pairs.get)
         merges.append(best)
@@ -162,7 +164,7 @@ def learn_merges(words: Counter, count: int) -> list[tuple[str, str]]:
 
 
 def join(pieces: list[str], pair: tuple[str, str]) -> list[str]:
-    """Make one piece of each pair that stands side by side. join(["t", "a", "k"], ("t", "a")) is ["ta", "k"]."""
+    """Make each such pair one piece. Example: join(["t", "a", "k"], ("t", "a")) is ["ta", "k"]."""
     joined = []
     for piece in pieces:
         if joined and (joined[-1], piece) == pair:
@@ -173,33 +175,26 @@ def join(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def cut_word(word: str, merges: list[tuple[str, str]]) -> list[str]:
-    """How a word is cut into pieces: all merges, in the order in which they were learned."""
+    """How a word is cut: joined again from its symbols, by all merges in the order they were learned."""
     pieces = list(word)
     for pair in merges:
         pieces = join(pieces, pair)
     return pieces
 
 
-def byte_symbols() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary (Radford et al., 2019, GPT-2's encoder.py)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
 class BPETokenizer:
-    """Text to numbers and back with a byte-level BPE. Example: encode("sto lat") may be tensor([812, 466]).
+    """Text to numbers and back with a byte-level BPE. encode("sto lat") may be tensor([812, 466]).
 
-    A token stands for a few bytes, often a word or a part of one. There is a token for each single byte, so
-    any text can be written, and comes back character for character. source: a tokenizer.json. keep: with
-    --prune_vocab, the entries that stay; all others are spelt with their bytes.
+    A token stands for a few bytes, often a word or a part of one. There is one for each single byte, so any
+    text can be written, and comes back character for character. source: a tokenizer.json. keep: with
+    --prune_vocab the entries that stay; all others are spelt with their bytes.
     """
 
     def __init__(self, source: str, keep: list[int] | None = None, start: str = END):
         self.state = dict(source=source, keep=keep, start=start)  # what a checkpoint keeps
         self.start = start  # what a text without a prompt starts from
         self.core = library(Tokenizer.from_str, source)
-        self.core.encode_special_tokens = True  # the words <|endoftext|> inside a line mean nothing special
+        self.core.encode_special_tokens = True  # <|endoftext|> inside a line means nothing special
         self.core.model.dropout = None  # some files ask for random cuts,
         self.core.no_truncation()  # for short texts,
         self.core.no_padding()  # or for texts of one length
@@ -207,7 +202,7 @@ class BPETokenizer:
             self.core.add_special_tokens([END_TEXT])
         byte_of, vocab = byte_symbols(), self.core.get_vocab()
         if any(symbol not in vocab for symbol in byte_of) or self.core.decoder is None:
-            raise Stop("that tokenizer is not a byte-level one with its decoder: it would lose characters; take another")
+            raise Stop("that tokenizer is no byte-level one with a decoder: it would lose characters")
         pieces = [b""] * (max(vocab.values()) + 1)  # the bytes of each entry
         for token, i in vocab.items():
             known = all(symbol in byte_of for symbol in token)
@@ -218,28 +213,30 @@ class BPETokenizer:
         if keep is not None:
             new = {old: i for i, old in enumerate(keep)}
             byte = {value: new[vocab[symbol]] for symbol, value in byte_of.items()}
-            self.spell = [[new[i]] if i in new else [byte[b] for b in piece] for i, piece in enumerate(pieces)]
+            self.spell = [[new[i]] if i in new else [byte[b] for b in piece]
+                          for i, piece in enumerate(pieces)]
             pieces, self.end = [pieces[i] for i in keep], new[self.end]
         self.pieces, self.vocab_size = pieces, len(pieces)
-        # A character has one byte that does not look like 10xxxxxx: counting those counts characters.
+        # Each character has one byte that does not look like 10xxxxxx: they are counted.
         self.chars = torch.tensor([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces])
 
     def encode(self, text: str) -> torch.Tensor:
         """Token numbers, shape (n,), in a small integer type."""
-        # Between a line break and a letter every such tokenizer cuts anyway: lines can be encoded side by side.
+        # Every such tokenizer cuts between a line break and a letter: lines can be encoded one by one.
         cuts = (cut.start() for cut in re.finditer(rf"(?={END})|(?<=[^\s{END}]\n)(?=[^\s/])", text))
         bounds = itertools.pairwise(itertools.chain([0], cuts, [len(text)]))
         lines, parts = (text[start:end] for start, end in bounds), []
         end = self.core.token_to_id(END_TEXT)
+        small = torch.uint16 if self.vocab_size <= 2**16 else torch.int32
         while batch := list(itertools.islice(lines, 10_000)):  # not all at once, to save memory
             ids = []
-            songs = [line.removeprefix(END) for line in batch]
+            songs = [line.removeprefix(END) for line in batch]  # a line may begin a song
             coded = self.core.encode_batch_fast(songs, add_special_tokens=False)
             for line, code in zip(batch, coded):
                 ids += [end] * line.startswith(END) + code.ids
-            if self.spell:
+            if self.spell:  # pruned: several bytes for an entry that is gone
                 ids = [new for old in ids for new in self.spell[old]]
-            parts.append(torch.tensor(ids, dtype=torch.uint16 if self.vocab_size <= 2**16 else torch.int32))
+            parts.append(torch.tensor(ids, dtype=small))
         return torch.cat(parts)
 
     def decode(self, ids: torch.Tensor) -> str:
@@ -247,7 +244,7 @@ class BPETokenizer:
         return b"".join(self.pieces[i] for i in ids.tolist()).decode("utf-8", "ignore")
 
     def stream(self, ids):
-        """Yield the text of each token number as it comes; a character of several tokens comes with the last one."""
+        """Yield the text of each token number as it comes; a character's comes with its last token."""
         decoder = codecs.getincrementaldecoder("utf-8")("ignore")
         return (decoder.decode(self.pieces[i]) for i in ids)
 
@@ -258,158 +255,42 @@ class BPETokenizer:
     def describe(self, text: str, ids: torch.Tensor) -> dict:
         """What the vocabulary makes of the training text. Density: how often an entry is seen."""
         size, words = self.vocab_size, sum(1 for _ in re.finditer(r"\w+", text))
-        seen = sum(torch.bincount(part.int(), minlength=size) for part in ids.split(2**20))
-        return dict(vocab_size=size, tokens=len(ids), chars_per_token=len(text) / len(ids),
-                    tokens_per_word=len(ids) / max(1, words), tokens_per_vocab_entry=len(ids) / size,
-                    entries_never_seen=(seen == 0).sum().item(), entries_seen_once=(seen == 1).sum().item())
-
-
-def library(call, *args):
-    """What a call of the tokenizers library returns. Stop says what it did not like."""
-    try:
-        return call(*args)
-    except Exception as e:
-        if type(e) is not Exception:  # the library raises nothing narrower
-            raise
-        raise Stop(f"this holds no tokenizer ({e}): give a tokenizer.json, or a folder with vocab.json "
-                   "and merges.txt") from None
+        seen = sum(torch.bincount(part.int(), minlength=size) for part in ids.split(2**20))  # (size,)
+        return dict(
+            vocab_size=size, tokens=len(ids), tokens_per_word=len(ids) / max(1, words),
+            chars_per_token=len(text) / len(ids), tokens_per_vocab_entry=len(ids) / size,
+            entries_never_seen=(seen == 0).sum().item(), entries_seen_once=(seen == 1).sum().item())
 
 
 def byte_level(model: models.BPE) -> Tokenizer:
     """A BPE over bytes as GPT-2 has it: words with the space before them, nothing lost."""
     core = Tokenizer(model)
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # words, as bytes
+    core.decoder = decoders.ByteLevel()
     return core
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of the text's own words. Stop if the text is too short for so many entries."""
+    """A byte-level BPE of the text's own words, one song at a time. Stop if they are too few for it."""
     core = byte_level(models.BPE())
     core.train_from_iterator(text.split(END), trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_TEXT], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    if core.get_vocab_size() < vocab_size:
-        raise Stop(f"--vocab_size {vocab_size} is too large for this text: it makes {core.get_vocab_size()} entries at most")
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # an entry for each byte, seen or not
+    size = core.get_vocab_size()
+    if size < vocab_size:
+        raise Stop(f"--vocab_size {vocab_size} is too large for this text: it makes {size} entries at most")
     return core
-
-
-def tiktoken_tokenizer(name: str) -> Tokenizer:
-    """OpenAI's encoding, downloaded at first use, as a tokenizer.json that a checkpoint can hold. OSError without network."""
-    encoding = tiktoken.get_encoding(name)
-    ranks, symbols = encoding._mergeable_ranks, {byte: symbol for symbol, byte in byte_symbols().items()}
-    written = {piece: "".join(symbols[byte] for byte in piece) for piece in ranks}
-    merges = []  # tiktoken joins any two pieces that make up an entry, early entries first
-    for piece in sorted(ranks, key=ranks.get):
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        pairs = [(ranks[a], ranks[b], written[a], written[b]) for a, b in pairs if a in ranks and b in ranks]
-        merges += [(a, b) for _, _, a, b in sorted(pairs)]
-    vocab = {written[piece]: rank for piece, rank in ranks.items()}
-    core = byte_level(models.BPE(vocab, merges, ignore_merges=True))
-    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # to the other engine that + would mean: again and again
-    core.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    core.add_special_tokens([END_TEXT])
-    return core
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, or in a folder with one or with vocab.json and merges.txt. Stop if it is none."""
-    try:
-        if path.is_dir() and not (path / "tokenizer.json").exists():
-            return byte_level(library(models.BPE.from_file, str(path / "vocab.json"), str(path / "merges.txt")))
-        core = library(Tokenizer.from_file, str(path / "tokenizer.json" if path.is_dir() else path))
-        if not isinstance(core.model, models.BPE):
-            raise Stop("its tokenizer is not of BPE kind: take another")
-        return core
-    except Stop as e:
-        raise Stop(f"--tokenizer_path {path}: {e}") from None
-
-
-def find_tokenizer(given: dict, text: str) -> tuple[Tokenizer, str]:
-    """The tokenizer that was asked for, and what it is; auto: the file, else tiktoken's, else one of the text's own."""
-    kind, path = given.get("tokenizer", Config.tokenizer), Path(given.get("tokenizer_path", ""))
-    named = path != Path()
-    if kind == "tiktoken" and named:
-        raise Stop("--tokenizer tiktoken takes no --tokenizer_path: leave one of them out")
-    if "vocab_size" in given and kind != "custom":
-        raise Stop("--vocab_size needs --tokenizer custom")
-    if named and (path.exists() or kind == "polish"):
-        return read_tokenizer(path), str(path)
-    if kind == "polish":
-        from transformers import AutoTokenizer
-        try:
-            return AutoTokenizer.from_pretrained(POLISH).backend_tokenizer, POLISH
-        except OSError as e:
-            raise Stop(f"cannot fetch the tokenizer of {POLISH} ({type(e).__name__}): go online once, or give a copy "
-                       "of it as --tokenizer_path") from None
-    note = ""
-    if kind in ("auto", "tiktoken"):
-        encoding = given.get("encoding", Config.encoding)
-        try:
-            return tiktoken_tokenizer(encoding), f"tiktoken's {encoding}"
-        except (OSError, ValueError) as e:  # ValueError: something else came in place of the file
-            note = f", as tiktoken's {encoding} cannot be fetched ({type(e).__name__})"
-            if kind == "tiktoken":
-                raise Stop(f"{note[5:]}: go online once, set TIKTOKEN_CACHE_DIR to a folder that holds it, "
-                           "or take --tokenizer custom") from None
-    size = given.get("vocab_size", Config.vocab_size)
-    core = train_tokenizer(split_corpus(text)[0], size)
-    return core, f"custom, {size:,} entries from the training part{note}"
-
-
-def make_tokenizer(given: dict, text: str, checkpoint: dict | None) -> BPETokenizer:
-    """The checkpoint's tokenizer, or a new one for the text. Stop if it would lose a character of the text."""
-    path = Path(given.get("tokenizer_path", ""))
-    if checkpoint:
-        tokenizer = BPETokenizer(**checkpoint["tokenizer"])
-        if path != Path() and path.exists():
-            keep = tokenizer.state["keep"]
-            core = read_tokenizer(path)
-            if keep and max(keep) >= core.get_vocab_size() or BPETokenizer(core.to_str(), keep).pieces != tokenizer.pieces:
-                raise Stop(f"--tokenizer_path {path} is not the tokenizer of the checkpoint: leave it out")
-        return tokenizer
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
-    if path != Path() and not path.exists() and not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise Stop(f"cannot write --tokenizer_path {path}: choose another")
-    core, name = find_tokenizer(given, text)
-    source, start = core.to_str(), next((char for char in END + "\n" if char in text), text[:1])
-    tokenizer = BPETokenizer(source, start=start)
-    for begin in range(0, len(text), 2**20):  # in parts, to save memory
-        part = text[begin:begin + 2**20]
-        if tokenizer.decode(tokenizer.encode(part)) != part:
-            raise Stop("that tokenizer loses characters of the text: take another")
-    if given.get("prune_vocab"):
-        seen = set(tokenizer.encode(split_corpus(text)[0]).tolist())
-        single = {i for i, piece in enumerate(tokenizer.pieces) if len(piece) == 1}  # bytes, end of a song
-        tokenizer = BPETokenizer(source, sorted(seen | single), start)
-    say(f"tokenizer: {name}")
-    show_pieces(tokenizer, text)
-    return tokenizer
 
 
 def show_pieces(tokenizer: BPETokenizer, text: str):
-    """Print a line of the text with its pieces marked, and what a BPE of this text would join first."""
+    """Print a line of the text with its pieces marked, and what a BPE of its words would join first."""
     line = next((line for line in re.split(f"[\n{END}]", text) if len(line) > 30), text[:60])
     pieces = [tokenizer.pieces[i].decode("utf-8", "replace") for i in tokenizer.encode(line).tolist()]
-    words = Counter(re.findall(r"\w+", text[:200_000]))
-    merges = learn_merges(words, 8)
-    longest = max(words, key=lambda word: len(cut_word(word, [])) - len(cut_word(word, merges)), default="")
     say(f"pieces: {'|'.join(pieces)}")
-    say("a BPE of this text joins first " + ", ".join(f"{a}+{b}" for a, b in merges)
-        + f": {'|'.join(cut_word(longest, merges))}")
-
-
-def save_tokenizer(tokenizer: BPETokenizer, config: Config):
-    """Write RUN_DIR/tokenizer.json and, if there is none, the file at --tokenizer_path."""
-    given = Path(config.tokenizer_path)
-    paths = [Path(config.run_dir, "tokenizer.json")]
-    if config.tokenizer_path and not config.resume and not given.exists():
-        given.parent.mkdir(parents=True, exist_ok=True)
-        paths.append(given)
-    for path in paths:
-        with replacing(path) as file:
-            file.write(tokenizer.state["source"].encode())
+    merges = learn_merges(Counter(re.findall(r"\w+", text[:200_000])), 8)  # by hand, so not of all
+    word = next((word for word in re.findall(r"\w+", line) if len(cut_word(word, merges)) < len(word)), "")
+    say("a BPE of this text begins with " + ", ".join(f"{a}+{b}" for a, b in merges)
+        + f": {'|'.join(cut_word(word, merges))}")
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -557,16 +438,16 @@ class Block(nn.Module):
 
 
 class SlicedLoss(torch.autograd.Function):
-    """Mean cross-entropy of a linear head without ever holding all logits: 16,384 tokens x 50,257 entries are 3.3 GB a copy.
+    """Mean cross-entropy of a linear head that never holds all logits: of 16,384 tokens they are 3.3 GB a copy.
 
-    The tokens go through the head a slice at a time, and each slice leaves its part of the gradients at once,
-    in float32.
+    The tokens go through the head a slice at a time, and each slice leaves its part of the gradients at
+    once, in float32.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets):
-        """The loss in nats per token. x: (N, C); weight: (V, C); bias: (V,) or None; targets: (N,), -100 is not counted."""
-        count, total = (targets >= 0).sum(), 0
+        """The loss in nats per token. x: (N, C); weight: (V, C); bias: (V,) or None; targets: (N,), -100: none."""
+        count, total = (targets >= 0).sum(), 0  # of tokens, of nats
         learns = ctx.needs_input_grad[0]  # not in evaluation
         grads = [torch.zeros_like(t, dtype=torch.float32) if learns and t is not None else None
                  for t in (x, weight, bias)]
@@ -579,11 +460,11 @@ class SlicedLoss(torch.autograd.Function):
                 if not learns:
                     continue
                 told = (target >= 0)[:, None] / count  # (n, 1): what each token's loss weighs
-                error = logits.softmax(dim=-1)  # the gradient of cross-entropy: expected less what came
+                error = logits.softmax(dim=-1)  # the gradient: what was expected, less what came
                 error.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(told))
                 error *= told
-                torch.mm(error, weight, out=grads[0][start:start + size])
-                grads[1].addmm_(error.T, part)
+                torch.mm(error, weight, out=grads[0][start:start + size])  # (n, C)
+                grads[1].addmm_(error.T, part)  # (V, C)
                 if bias is not None:
                     grads[2] += error.sum(dim=0)
         ctx.save_for_backward(*grads)
@@ -1016,6 +897,134 @@ def make_config(given: dict, device: torch.device, tokens: int = 0) -> Config:
     if rest or config.recipe == "modern" and head_size % 2:
         raise Stop(f"--n_embd {config.n_embd} must be divisible by --n_head {config.n_head} (modern: into an even number)")
     return config
+
+
+def byte_symbols() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary (Radford et al., 2019, GPT-2's encoder.py)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def library(call, *args):
+    """What a call of the tokenizers library returns. Stop says what it does not like."""
+    try:
+        return call(*args)
+    except Exception as e:
+        if type(e) is not Exception:  # the library raises nothing narrower
+            raise
+        raise Stop(f"no tokenizer ({e}): give a tokenizer.json, or a folder with vocab.json and "
+                   "merges.txt") from None
+
+
+def tiktoken_tokenizer(name: str) -> Tokenizer:
+    """OpenAI's encoding, downloaded at first use, as a tokenizer that a checkpoint can hold. OSError without network."""
+    encoding = tiktoken.get_encoding(name)
+    ranks = encoding._mergeable_ranks  # an entry's bytes -> its number
+    symbols = {byte: symbol for symbol, byte in byte_symbols().items()}
+    written = {piece: "".join(symbols[byte] for byte in piece) for piece in ranks}
+    merges = []  # tiktoken joins any two pieces that make up an entry, early entries first
+    for piece in sorted(ranks, key=ranks.get):
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        pairs = [(ranks[a], ranks[b], a, b) for a, b in pairs if a in ranks and b in ranks]
+        merges += [(written[a], written[b]) for _, _, a, b in sorted(pairs)]
+    vocab = {written[piece]: rank for piece, rank in ranks.items()}
+    core = byte_level(models.BPE(vocab, merges, ignore_merges=True))
+    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # for the library's engine + means: again
+    core.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.add_special_tokens([END_TEXT])
+    return core
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, or in a folder with one or with vocab.json and merges.txt. Stop: it is none."""
+    try:
+        if path.is_dir() and not (path / "tokenizer.json").exists():
+            parts = str(path / "vocab.json"), str(path / "merges.txt")
+            return byte_level(library(models.BPE.from_file, *parts))
+        core = library(Tokenizer.from_file, str(path / "tokenizer.json" if path.is_dir() else path))
+        if not isinstance(core.model, models.BPE):
+            raise Stop("its tokenizer is not of BPE kind: take another")
+        return core
+    except Stop as e:
+        raise Stop(f"--tokenizer_path {path}: {e}") from None
+
+
+def find_tokenizer(given: dict, text: str) -> tuple[Tokenizer, str]:
+    """The tokenizer that was asked for, and what it is; auto: the file, else tiktoken's, else one of the text's own."""
+    kind, path = given.get("tokenizer", Config.tokenizer), Path(given.get("tokenizer_path", ""))
+    named = path != Path()
+    if kind == "tiktoken" and named:
+        raise Stop("--tokenizer tiktoken takes no --tokenizer_path: leave one of them out")
+    if "vocab_size" in given and kind != "custom":
+        raise Stop("--vocab_size needs --tokenizer custom")
+    if named and (path.exists() or kind == "polish"):
+        return read_tokenizer(path), str(path)
+    if kind == "polish":
+        from transformers import AutoTokenizer
+        try:
+            return AutoTokenizer.from_pretrained(POLISH).backend_tokenizer, POLISH
+        except OSError as e:
+            raise Stop(f"cannot fetch the tokenizer of {POLISH} ({type(e).__name__}): go online once, or give a copy "
+                       "of it as --tokenizer_path") from None
+    note = ""
+    if kind in ("auto", "tiktoken"):
+        encoding = given.get("encoding", Config.encoding)
+        try:
+            return tiktoken_tokenizer(encoding), f"tiktoken's {encoding}"
+        except (OSError, ValueError) as e:  # ValueError: something else came in place of the file
+            note = f"tiktoken's {encoding} cannot be fetched ({type(e).__name__})"
+            if kind == "tiktoken":
+                raise Stop(f"{note}: go online once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or "
+                           "take --tokenizer custom") from None
+    size = given.get("vocab_size", Config.vocab_size)
+    core = train_tokenizer(split_corpus(text)[0], size)
+    return core, f"custom, {size:,} entries from the training part" + f", as {note}" * bool(note)
+
+
+def make_tokenizer(given: dict, text: str, checkpoint: dict | None) -> BPETokenizer:
+    """The checkpoint's tokenizer, or a new one for the text. Stop if it would lose a character of the text."""
+    path = Path(given.get("tokenizer_path", ""))
+    if checkpoint:
+        tokenizer = BPETokenizer(**checkpoint["tokenizer"])
+        if path != Path() and path.exists():
+            core, keep = read_tokenizer(path), tokenizer.state["keep"]
+            fits = max(keep or [0]) < core.get_vocab_size()
+            if not fits or BPETokenizer(core.to_str(), keep).pieces != tokenizer.pieces:
+                raise Stop(f"--tokenizer_path {path} is not the checkpoint's tokenizer: leave it out")
+        return tokenizer
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    writable = parent.is_dir() and os.access(parent, os.W_OK)
+    if path != Path() and not path.exists() and not writable:
+        raise Stop(f"cannot write --tokenizer_path {path}: choose another")
+    core, name = find_tokenizer(given, text)
+    source, start = core.to_str(), next((char for char in END + "\n" if char in text), text[:1])
+    tokenizer = BPETokenizer(source, start=start)
+    for begin in range(0, len(text), 2**20):  # in parts, to save memory
+        part = text[begin:begin + 2**20]
+        if tokenizer.decode(tokenizer.encode(part)) != part:
+            raise Stop("that tokenizer loses characters of the text: take another")
+    if given.get("prune_vocab"):
+        seen = set(tokenizer.encode(split_corpus(text)[0]).tolist())
+        single = {i for i, piece in enumerate(tokenizer.pieces) if len(piece) == 1}  # bytes, the end
+        tokenizer = BPETokenizer(source, sorted(seen | single), start)
+    say(f"tokenizer: {name}")
+    show_pieces(tokenizer, text)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: BPETokenizer, config: Config):
+    """Write RUN_DIR/tokenizer.json and, if there is none, the file at --tokenizer_path."""
+    given = Path(config.tokenizer_path)
+    paths = [Path(config.run_dir, "tokenizer.json")]
+    if config.tokenizer_path and not config.resume and not given.exists():
+        given.parent.mkdir(parents=True, exist_ok=True)
+        paths.append(given)
+    for path in paths:
+        with replacing(path) as file:
+            file.write(tokenizer.state["source"].encode())
 
 
 def read_corpus(path: str) -> str:
