@@ -1007,7 +1007,7 @@ def test_the_exported_model_gives_the_same_scores_and_texts(tokenizers, kind, sh
     with torch.no_grad():
         ours, scores = model(idx), theirs(idx).logits
     assert ours.std() > 0.5
-    torch.testing.assert_close(scores, ours, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scores, ours, atol=1e-4, rtol=1e-4)  # a thousand float32 roundings, of 6e-8 each, on the way
     for text in (*TEXTS.values(), babble(9)):
         if END_TEXT in text or END in text or "<" in text:
             continue  # special words have a meaning there
@@ -1018,11 +1018,12 @@ def test_the_exported_model_gives_the_same_scores_and_texts(tokenizers, kind, sh
     assert len(words) == theirs.config.vocab_size == tokenizer.vocab_size and not theirs.config.tie_word_embeddings
     assert words(f"a\n{END_TEXT}b")["input_ids"].count(tokenizer.end) == 1
     prompt = torch.tensor([words("No")["input_ids"]])
-    new = [int(token) for token in gpt_tiktoken.generate(model, prompt, size - prompt.size(1), temperature=0)]
     with torch.no_grad():
-        out = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=len(new))
-    new = list(itertools.takewhile(lambda token: token != tokenizer.end, new))
-    assert out[0, prompt.size(1):][:len(new)].tolist() == new
+        out = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_length=size)
+        ours = model(out[:, :-1])[0, prompt.size(1) - 1:]
+    assert out.size(1) == size or out[0, -1] == tokenizer.end
+    written = ours.gather(1, out[0, prompt.size(1):, None])
+    assert (ours.amax(dim=1, keepdim=True) - written).max() < 1e-3  # the likeliest, or as likely but for rounding
 
 
 @numeric
