@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 
 # ------------------------------------------------------------------------------------------------ options
@@ -279,13 +279,21 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 
 def tiktoken_tokenizer(name: str) -> Tokenizer:
     """OpenAI's encoding, downloaded at first use, as a tokenizer.json that a checkpoint can hold. OSError without network."""
-    from transformers.convert_slow_tokenizer import TikTokenConverter  # here, as it takes seconds to import
-
     encoding = tiktoken.get_encoding(name)
+    ranks, symbols = encoding._mergeable_ranks, {byte: symbol for symbol, byte in byte_symbols().items()}
+    merges = []  # tiktoken joins any two pieces that make up an entry, early entries first: each such pair is a merge here
+    for piece in sorted(ranks, key=ranks.get):
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [(ranks[a], ranks[b], a, b) for a, b in pairs if a in ranks and b in ranks]
+        merges += [(a, b) for _, _, a, b in sorted(known)]
+    written = {piece: "".join(symbols[byte] for byte in piece) for piece in ranks}
+    core = byte_level(models.BPE({written[piece]: rank for piece, rank in ranks.items()},
+                                 [(written[a], written[b]) for a, b in merges], ignore_merges=True))
     pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # to the other engine that + would mean: again and again
-    converter = TikTokenConverter(pattern=pattern, extra_special_tokens=[END_TEXT])
-    converter.load_tiktoken_bpe = lambda path: encoding._mergeable_ranks
-    return converter.converted()
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
+                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.add_special_tokens([END_TEXT])
+    return core
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
