@@ -33,6 +33,9 @@ import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+# Before torch is loaded: its threads would spin while they wait for each other, and starve beside a second busy program.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn

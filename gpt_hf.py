@@ -28,6 +28,9 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+# Before torch is loaded: its threads would spin while they wait for each other, and starve beside a second busy program.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

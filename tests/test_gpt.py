@@ -1436,6 +1436,24 @@ for argv in ((), (["--max_iter", "3"],)):
     assert "assets/input/input2.txt" in missing and "--max_iter 3" in mistyped and tree() == before
 
 
+@pytest.mark.parametrize("script", ["gpt", "gpt_tiktoken", "gpt_hf"])
+@pytest.mark.parametrize(("users", "expected"), [({}, "1000"), (dict(GOMP_SPINCOUNT="7"), "7")])
+def test_threads_that_wait_do_not_spin_unless_the_user_says_so(script, users, expected, monkeypatch):
+    """GNU OpenMP reads the variable when torch is loaded: it must be there before anything asks for torch."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    done = python("-c", f"""
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):  # called before a module is loaded
+        if name == "torch":
+            sys.exit(os.environ.get("GOMP_SPINCOUNT", "not set"))
+sys.meta_path.insert(0, Watch())
+sys.path.insert(0, {os.path.dirname(importlib.import_module(script).__file__)!r})
+import {script}
+""", **users)
+    assert done.stderr.decode().split() == [expected]
+
+
 def test_a_terminal_that_is_not_utf8(stage, run):
     done = python(stage.__file__, *argv(sample_only=True, run_dir=run, prompt="śpi światło", max_new_tokens=60),
                   PYTHONIOENCODING="ascii")
