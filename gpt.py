@@ -274,8 +274,9 @@ def draw_batch(ids, config: Config, step: int, rank: int, world: int) -> torch.T
         first, last = step * count // rows, ((step + 1) * count - 1) // rows  # a batch may end one epoch and begin another
         epochs = [shuffled_windows(len(ids), size, hash((config.seed, epoch))) for epoch in range(first, last + 1)]
         starts = torch.cat(epochs)[step * count - first * rows:][:count]
-    places = starts[rank::world, None] + torch.arange(size + 1)
-    return ids[places % len(ids)].long().view(config.grad_accum, config.batch_size, size + 1)
+    places = (starts[rank::world, None] + torch.arange(size + 1)) % len(ids)
+    rows = torch.from_numpy(ids.numpy()[places.numpy()])  # torch before 2.10 cannot take entries out of its uint16
+    return rows.long().view(config.grad_accum, config.batch_size, size + 1)
 
 
 # -------------------------------------------------------------------------------------------------- model
