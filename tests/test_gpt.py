@@ -468,22 +468,44 @@ def muons(stage, weights, shapes, **settings):
     return stage.Muon([dict(params=[p], shape=shape) for p, shape in zip(weights, shapes)], **settings)
 
 
+def muons_steps(weight, grads, lr, decay):
+    """Where Muon takes a matrix, written out: momentum and Nesterov, five Newton-Schulz steps, as long as AdamW's."""
+    momentum = torch.zeros_like(weight)
+    for grad in grads:
+        momentum = 0.95 * momentum + 0.05 * grad
+        x = 0.95 * momentum + 0.05 * grad
+        x = x / x.norm()
+        for _ in range(5):
+            x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+        weight = weight * (1 - lr * decay) - lr * 0.2 * math.sqrt(max(x.shape)) * x
+    return weight
+
+
+@numeric
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muons_step_worked_out_by_hand(stage, shape, float64):
+    p, grads = torch.nn.Parameter(torch.randn(shape)), torch.randn(3, *shape)
+    expected = muons_steps(p.detach().clone(), grads, lr=0.01, decay=0.1)
+    optimizer = muons(stage, [p], [shape], lr=0.01, weight_decay=0.1)
+    for p.grad in grads:
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), expected)
+
+
 @numeric
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has had one since 2.9")
-def test_muon_takes_the_librarys_step(stage, float64, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)  # what the library would iterate in
-    weights = [torch.nn.Parameter(torch.randn(8, 24)), torch.nn.Parameter(torch.randn(24, 8))]
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in weights]
-    ours = muons(stage, weights, [(8, 24), (24, 8)], lr=0.01, weight_decay=0.1)
-    theirs = torch.optim.Muon(twins, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    for _ in range(3):
-        for p, twin in zip(weights, twins):
-            p.grad = torch.randn_like(p)
-            twin.grad = p.grad.clone()
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muon_takes_the_librarys_step(stage, shape):
+    before, grads = torch.randn(shape), torch.randn(3, *shape)
+    p, twin = (torch.nn.Parameter(before.clone()) for _ in range(2))
+    ours = muons(stage, [p], [shape], lr=0.01, weight_decay=0.1)
+    theirs = torch.optim.Muon([twin], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for grad in grads:
+        p.grad, twin.grad = grad.clone(), grad.clone()
         ours.step()
         theirs.step()
-    for p, twin in zip(weights, twins):
-        torch.testing.assert_close(p, twin)
+    # The library iterates in bfloat16: some twenty roundings of up to 0.4 % on the way.
+    assert (p - twin).norm() < 0.1 * (p - before).norm()
 
 
 @numeric
