@@ -118,9 +118,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help="the first is not counted (default: 12 of tiny, 3 of base)")
     args = parser.parse_args()
     if args.row:
-        print(json.dumps(measure(args.row, 12 if "tiny" in args.row else 3)))
+        print(json.dumps(measure(args.row, args.steps or (12 if "tiny" in args.row else 3))))
         return
     print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| step | computes in | seconds | tokens/s | matrix rate, GFLOP/s | share of it | peak memory, GB |")
@@ -128,7 +129,7 @@ def main():
     for name in ROWS:
         if args.only in name:
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, str(Path(__file__).resolve()), "--row", name]
+                command = [sys.executable, str(Path(__file__).resolve()), "--row", name, "--steps", str(args.steps or 0)]
                 row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout)
             print(f"| {name} | {row['dtype']} | {row['seconds']:.3f} | {row['tokens_per_second']:,.0f} | "
                   f"{row['rate'] / 1e9:.0f} | {row['share']:.0%} | {row['memory']:.2f} |", flush=True)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import busy
 import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -14,6 +15,25 @@ def lyrics(folder):
     text = folder / "text.txt"
     text.write_text("Noc nad miastem, w oknach śpi światło\nA ja liczę gwiazdy\n" * 80, encoding="utf-8")
     return text
+
+
+def spin_rows(out):
+    return [line.strip("| ").split(" | ") for line in out.splitlines()[4:]]
+
+
+def test_a_step_is_measured_with_and_without_spinning_threads(monkeypatch, capsys):
+    step = "import json, os; print(json.dumps(dict(seconds=1 + len(os.environ.get('GOMP_SPINCOUNT', '')))))"
+    monkeypatch.setattr(busy, "STEP", [sys.executable, "-c", step])
+    monkeypatch.setenv("GOMP_SPINCOUNT", "77")
+    busy.main(["--rounds", "1"])
+    assert spin_rows(capsys.readouterr().out) == [["not set", "1000", "1000", "1.00"], ["1000", "5000", "5000", "1.00"]]
+
+
+@pytest.mark.slow
+def test_a_step_beside_a_busy_program(capsys):
+    busy.main(["--rounds", "1", "--steps", "2"])
+    rows = spin_rows(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["not set", "1000"] and all(float(cell) > 0 for row in rows for cell in row[1:])
 
 
 @pytest.mark.slow
