@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "corpus_report.py"
+SCRIPT = Path(__file__).parents[1] / "tools" / "corpus_report.py"
 
 END = "\n<|endoftext|>\n"
 SONG_A = """[Zwrotka 1]
@@ -67,7 +67,7 @@ def no_network(monkeypatch):
     ("<|endoftext|>\nRaz\n<|endoftext|>\n", ["Raz"]),
     ("Raz\n<|endoftext|>\n<|endoftext|>\nDwa", ["Raz", "Dwa"]),
     ("Raz <|endoftext|>\nDwa", ["Raz <|endoftext|>\nDwa"]),
-    ("Raz\n <|endoftext|>\nDwa", ["Raz\n <|endoftext|>\nDwa"]),
+    ("Raz\n <|endoftext|>\t\nDwa", ["Raz", "Dwa"]),  # as the stages read it
     ("", []),
     ("\n<|endoftext|>\n \n", []),
 ])
