@@ -390,3 +390,14 @@ def test_importing_does_nothing():
 def test_examples_in_docstrings_are_true():
     results = doctest.testmod(report)
     assert results.attempted >= 15 and results.failed == 0
+
+
+def test_decomposed_letters_are_counted_as_the_stages_count_them(tmp_path):
+    import gpt
+
+    path = tmp_path / "songs.txt"
+    path.write_text(unicodedata.normalize("NFD", SONG_A) + " <|endoftext|> \n" + SONG_B, encoding="utf-8")
+    text = report.read_corpus(str(path))
+    assert len(report.split_songs(text)) == 2 and "ż" in text
+    assert [song.strip("\n") for song in report.split_songs(text)] == [
+        song.strip("\n") for song in gpt.read_corpus(str(path)).split(gpt.END)]
