@@ -4,9 +4,8 @@
     python data_collection.py --artist "Tede" --offline    # build the corpus again: no network, no token
 
 In a Colab cell:  import data_collection; data_collection.main(["--artist", "Tede"])
-The access token is free (https://genius.com/api-clients). It comes from --token_file, the variable
-GENIUS_ACCESS_TOKEN, a line GENIUS_ACCESS_TOKEN=... in the file .env, or Colab's secrets. Songs are stored in
-assets/input/tede.sqlite as they come: after a crash, a kill or a block the same command continues.
+It needs a free token (https://genius.com/api-clients): in the variable GENIUS_ACCESS_TOKEN, in .env, in Colab's secrets
+or in --token_file. Songs are stored in assets/input/tede.sqlite as they come: the same command continues after a crash.
 """
 
 import argparse
@@ -32,12 +31,12 @@ from tqdm.auto import tqdm
 ARTIST_NAME = "Tede"  # the default of --artist
 FOLDER = Path("assets/input")  # where the files go
 SEPARATOR = "<|endoftext|>"  # alone on a line between two songs
-GIVE_UP = 5  # songs in a row without an answer: Genius blocks us
+GIVE_UP = 5  # songs in a row that do not come: Genius blocks us
 IN_NOTEBOOK = "ipykernel" in sys.modules  # a Jupyter or Colab kernel
 
 
 class Stop(Exception):
-    """Ends the program with one line that says what to do; a second argument is the status, else 2."""
+    """Ends the program with one line that says what to do, and status 2."""
 
 
 class Trouble(Exception):
@@ -46,87 +45,85 @@ class Trouble(Exception):
 
 # ------------------------------------------------------------------------------------------ database
 SCHEMA = """
-CREATE TABLE artist (
-    id INTEGER PRIMARY KEY, name TEXT NOT NULL,
-    next_page INTEGER DEFAULT 1,    -- of the list, to ask for next; NULL: the list is whole
-    odd_entries INTEGER DEFAULT 0   -- entries of the list without id, title, address or artist
-);
-CREATE TABLE song (
-    id INTEGER PRIMARY KEY, title TEXT NOT NULL, url TEXT NOT NULL,
-    lyrics_state TEXT NOT NULL,     -- as the list says: complete, unreleased, instrumental...
-    primary_ids TEXT NOT NULL,      -- the ids of its main artists
-    page INTEGER,                   -- of the list that it came from; NULL: no longer listed
-    new_page INTEGER,               -- the same in a list that is being fetched
+CREATE TABLE artist (id INTEGER PRIMARY KEY, name TEXT NOT NULL,
+    next_page INTEGER DEFAULT 1,      -- of the list, to ask for next; NULL: the list is whole
+    odd_entries INTEGER DEFAULT 0);   -- in the list: without id, title, address or artist
+CREATE TABLE song (id INTEGER PRIMARY KEY, title TEXT NOT NULL, url TEXT NOT NULL,
+    lyrics_state TEXT NOT NULL,       -- as the list says: complete, unreleased, instrumental...
+    primary_ids TEXT NOT NULL,        -- the ids of its main artists
+    page INTEGER, new_page INTEGER,   -- of the list; of a list that is not whole yet
     state TEXT DEFAULT 'wanted' CHECK (state IN ('wanted', 'lyrics', 'none')),
-    text TEXT,                      -- the lyrics, not cleaned; else why there are none
-    tries INTEGER DEFAULT 0, time TEXT  -- how often and when its page was asked for
-);
+    text TEXT,                        -- the lyrics, not cleaned; else why there are none
+    tries INTEGER DEFAULT 0, time TEXT);  -- how often, and when its page was asked for
 CREATE TABLE written (sha256 TEXT PRIMARY KEY);  -- the files that were made from this database
 """
-INSERT_SONG = """
-INSERT INTO song (id, title, url, lyrics_state, primary_ids, new_page)
+INSERT_SONG = """INSERT INTO song (id, title, url, lyrics_state, primary_ids, new_page)
 VALUES (:id, :title, :url, :lyrics_state, :primary_ids, :page) ON CONFLICT (id) DO UPDATE SET
-title = :title, url = :url, lyrics_state = :lyrics_state, primary_ids = :primary_ids, new_page = :page
-"""
+title = :title, url = :url, lyrics_state = :lyrics_state, primary_ids = :primary_ids, new_page = :page"""
 UPDATE_SONG = "UPDATE song SET state = ?, text = ?, tries = tries + 1, time = datetime() WHERE id = ?"
 
 
 # --------------------------------------------------------------- what a server sends is checked here
-def dicts(value) -> list[dict]:
+def dicts(value):
     """The objects in a JSON list; none if it is no list."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def checked(thing: dict) -> dict:
-    """Id and texts of an artist or a song, without what is not what it should be."""
-    number, kept = thing.get("id"), {}
+def checked(thing):
+    """Id and texts of an artist or a song, without those that are not what they should be."""
+    kept = {}
     for key in ("name", "title", "url", "lyrics_state"):
         text = thing[key] if isinstance(thing.get(key), str) else ""
-        text = "".join(c if c.isprintable() else " " * c.isspace() for c in text)  # no control characters
+        text = "".join(c if c.isprintable() else " " * c.isspace() for c in text)  # no terminal escapes
         kept[key] = " ".join(text.split())[:300]  # one line
-    kept["id"] = number if type(number) is int and 0 < number < 2**53 else 0
+    if type(thing.get("id")) is int and 0 < thing["id"] < 2**53:  # what JSON and the database can hold
+        kept["id"] = thing["id"]
     return {key: value for key, value in kept.items() if value}
 
 
-def checked_song(entry: dict) -> dict:
+def checked_song(entry):
     """An entry of the list as a row of the table; empty without id, title, address or artist."""
     people = dicts(entry.get("primary_artists")) or dicts([entry.get("primary_artist")])
-    song = {"lyrics_state": "complete", **checked(entry)}  # if it is not told, the page will tell
-    if entry.get("instrumental") is True:
-        song["lyrics_state"] = "instrumental"
+    song = {"lyrics_state": "complete", "url": ""} | checked(entry)  # not told: the page will tell
+    song |= {"lyrics_state": "instrumental"} if entry.get("instrumental") is True else {}
     song["primary_ids"] = " ".join(str(checked(person).get("id", 0)) for person in people)
-    whole = people and {"id", "title"} <= song.keys()
-    return song if whole and song.get("url", "").startswith("https://genius.com/") else {}
+    whole = people and song.keys() >= {"id", "title"}
+    return song if whole and song["url"].startswith("https://genius.com/") else {}
 
 
 # ------------------------------------------------------------------------------------------- artist
 def normalized(text: str) -> str:
-    """A name or a line without case, diacritics, punctuation, invisible marks: "O.S.T.R." -> "ostr"."""
+    """A text without case, diacritics, punctuation, invisible marks: "O.S.T.R." -> "ostr"."""
     text = text.casefold().translate(str.maketrans("łøđı", "lodi"))  # these do not decompose
     letters = unicodedata.normalize("NFKD", text)
     kept = (c for c in letters if unicodedata.category(c)[0] not in "MPC")
     return " ".join("".join(kept).split()) or text.strip()
 
 
-def find_artist(genius: lyricsgenius.Genius, args: argparse.Namespace) -> dict:
+def find_artist(genius, args):
     """The artist with our id, or the one whose normalized name is ours. Raises Stop with candidates."""
-    found, matches, page = {}, [], 1  # id -> artist, in Genius' order
+    if not genius:
+        raise Stop(f"{args.database} holds no songs yet; run without --offline first")
     if args.artist_id:
-        answer = genius.artist(args.artist_id).get("artist")
-        matches = [artist for artist in map(checked, dicts([answer])) if artist.keys() >= {"id", "name"}]
-    while not matches and not args.artist_id and page <= 10:
-        sections = dicts(genius.search_all(args.artist, per_page=5, page=page).get("sections"))
+        answer = dicts([genius.artist(args.artist_id).get("artist")])
+        return {"name": f"artist {args.artist_id}", **checked(*answer or [{}]), "id": args.artist_id}
+    found, new, page = {}, {"": ""}, 1  # id -> name, in Genius' order
+    while new and page <= 10 and normalized(args.artist) not in map(normalized, found.values()):
+        try:
+            sections = dicts(genius.search_all(args.artist, per_page=5, page=page).get("sections"))
+        except Trouble as trouble:  # the rest may work
+            hint = "--artist_id NUMBER, from the source of the artist's page: genius://artists/NUMBER"
+            raise Trouble(f"the search failed: {trouble}; give {hint}") from None
         hits = [hit for section in sections for hit in dicts(section.get("hits"))]
         artists = map(checked, dicts([hit.get("result") for hit in hits if hit.get("index") == "artist"]))
-        new = {artist["id"]: artist for artist in artists if artist.keys() >= {"id", "name"}}
-        page = page + 1 if new.keys() - found.keys() else 11  # nothing new: the last page
-        found |= new
-        matches = [a for a in found.values() if normalized(a["name"]) == normalized(args.artist)]
+        new = {a["id"]: a["name"] for a in artists if a.keys() >= {"id", "name"} and a["id"] not in found}
+        found, page = found | new, page + 1
+    matches = [i for i in found if normalized(found[i]) == normalized(args.artist)]
     if len(matches) == 1:
-        return matches[0]
-    offered = "".join(f"\n  --artist_id {a['id']}  # {a['name']}" for a in matches or found.values())
-    hint = f"choose one:{offered}" if found else "check the spelling, or the number"
-    raise Stop(f'Genius has {len(matches) or "no"} artists like "{args.artist or args.artist_id}"; {hint}')
+        return {"id": matches[0], "name": found[matches[0]]}
+    offered = "".join(f"\n  --artist_id {i}  # {found[i]}" for i in matches or found)
+    hint = f"choose one:{offered}" if found else "check the spelling"
+    raise Stop(f'Genius has {len(matches) or "no"} artists like "{args.artist}"; {hint}')
 
 
 # -------------------------------------------------------------------------------------------- songs
@@ -140,26 +137,26 @@ TAG = r"\b(remix|rmx|live|na żywo|acoustic|akustyczn\w*|unplugged|demo|edit|ext
 VERSION = rf"(?i) ?[(\[][^()\[\]]*{TAG}[^()\[\]]*[)\]]| - [^-]*{TAG}.*$| (remix|rmx)$"
 
 
-def list_songs(genius: lyricsgenius.Genius, db: sqlite3.Connection) -> None:
+def list_songs(genius, db):
     """Fetch the discography page by page; an interrupted list is continued."""
     artist_id, page, odd = db.execute("SELECT id, next_page, odd_entries FROM artist").fetchone()
     while page:
         answer = genius.artist_songs(artist_id, per_page=50, page=page, sort="title")
         entries, following = answer.get("songs"), answer.get("next_page", 0)
-        grows = following is None or type(following) is int and page < following <= 2000
-        if not isinstance(entries, list) or not grows:
+        fits = following is None or type(following) is int and page < following <= 2000
+        if not fits or not isinstance(entries, list):
             raise Trouble(f"page {page} of the list of songs is not what it should be")
-        songs = [song for song in map(checked_song, dicts(entries)) if song]
+        songs = [song | {"page": page} for song in map(checked_song, dicts(entries)) if song]
         odd = len(entries) - len(songs) + (odd if page > 1 else 0)
         with db:  # one transaction: the songs of the page and our place in the list
-            db.executemany(INSERT_SONG, [{**song, "page": page} for song in songs])
+            db.executemany(INSERT_SONG, songs)
             db.execute("UPDATE artist SET next_page = ?, odd_entries = ?", [following, odd])
-            if not following:  # the new list is whole and takes the place of the old one
+            if not following:  # the new list is whole: it takes the place of the old one
                 db.execute("UPDATE song SET page = new_page, new_page = NULL")
         page = following
 
 
-def exclusion(song: dict, artist: dict, include_features: bool) -> str:
+def exclusion(song, artist, include_features: bool) -> str:
     """Why a song of the list is left out, "" if it is not."""
     for reason, pattern in TITLE_RULES.items():
         if re.search(pattern, song["title"], re.I):
@@ -170,14 +167,14 @@ def exclusion(song: dict, artist: dict, include_features: bool) -> str:
     return "" if ours or include_features else "features"
 
 
-def select(db: sqlite3.Connection, args: argparse.Namespace) -> tuple[list[int], Counter]:
+def select(db, args):
     """The ids of the songs to collect, by title, and what is left out, counted by reason."""
     artist = db.execute("SELECT * FROM artist").fetchone()
     chosen, titles, excluded = [], set(), Counter({"odd entries": artist["odd_entries"]})
     for song in db.execute("SELECT * FROM song WHERE page NOT NULL ORDER BY title, id"):
-        title, version = normalized(re.sub(VERSION, "", song["title"])), re.search(VERSION, song["title"])
+        title, is_version = normalized(re.sub(VERSION, "", song["title"])), re.search(VERSION, song["title"])
         reason = exclusion(song, artist, args.include_features)
-        if not reason and args.versions == "first" and title in titles and version:
+        if not reason and args.versions == "first" and is_version and title in titles:
             reason = "other versions"  # only if marked as such: two songs may both be called "Intro"
         if not reason and len(chosen) == args.max_songs:
             reason = "beyond --max_songs"
@@ -189,11 +186,11 @@ def select(db: sqlite3.Connection, args: argparse.Namespace) -> tuple[list[int],
     return chosen, +excluded
 
 
-def fetch_songs(genius: lyricsgenius.Genius, db: sqlite3.Connection, chosen: list[int]) -> None:
+def fetch_songs(genius, db, chosen):
     """Ask for the page of each chosen song that is still wanted. Raises Trouble when nothing comes."""
     tries = dict(db.execute("SELECT id, tries FROM song WHERE state = 'wanted'").fetchall())
-    wanted = sorted((i for i in chosen if i in tries), key=tries.get)  # what failed before comes last
-    often = 0.1 if sys.stderr.isatty() or IN_NOTEBOOK else 30  # seconds between two pictures of the bar
+    wanted = sorted((i for i in chosen if i in tries), key=tries.get)  # what failed comes last
+    often = 0.1 if sys.stderr.isatty() or IN_NOTEBOOK else 30  # seconds between pictures of the bar
     failures = 0
     for song_id in (bar := tqdm(wanted, unit="song", mininterval=often, dynamic_ncols=True)):
         title, url = db.execute("SELECT title, url FROM song WHERE id = ?", [song_id]).fetchone()
@@ -202,61 +199,62 @@ def fetch_songs(genius: lyricsgenius.Genius, db: sqlite3.Connection, chosen: lis
             page = genius._session.request("GET", url.replace("https://genius.com/", genius.WEB_ROOT))
             (state, text), failures = read_page(page.text), 0
         except Trouble as trouble:
-            (state, text), failures = ("wanted", str(trouble)), failures + 1
+            state, text, failures = "wanted", str(trouble), failures + 1
         with db:  # one transaction a song
             db.execute(UPDATE_SONG, [state, text, song_id])
         if failures == GIVE_UP:
-            raise Trouble(f"{text}, {GIVE_UP} songs in a row; it seems that Genius blocks this address")
+            raise Trouble(f"{text}, {GIVE_UP} songs in a row: it seems that Genius blocks this address")
 
 
 # ------------------------------------------------------------------------------------------- a page
 LYRICS = '[data-lyrics-container="true"]'  # as CSS selectors
 NOT_LYRICS = 'script, style, [data-exclude-from-selection="true"], [class*="LyricsHeader"]'
 STATE = r"(?s)window\.__PRELOADED_STATE__\s*=\s*JSON\.parse\('((?:[^'\\]|\\.)*+)'\)"
-NO_LYRICS = {"instrumental": "instrumental", "transcri": "not transcribed", "releas": "unreleased"}
+BLOCKS = ["p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6"]
 
 
 def lyrics_text(html: str) -> str:
-    """The text of the lyrics containers of a page, without what Genius marks as not part of them."""
-    soup = BeautifulSoup(re.sub(r"\s+", " ", html).replace("<![", "&lt;!["), "html.parser")
+    """The text of a page's lyrics containers, without what Genius marks as not part of them."""
+    soup = BeautifulSoup(re.sub(r"\s+", " ", html).replace("<![", "&lt;!["), "html.parser")  # it fails at <![
     for part in soup.select(NOT_LYRICS):
         part.decompose()
-    for tag in soup.find_all(["br", "p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6"]):
-        mark = {"br": "\n", "p": "\f"}.get(tag.name, "\v")  # line break; empty line; begin a line
+    for tag in soup.find_all(["br", *BLOCKS]):
+        mark = {"br": "\n", "p": "\f"}.get(tag.name, "\v")  # a break, an empty line, the begin of a line
         tag.insert(0, mark)
-        tag.append(mark if tag.name != "br" else "")
+        tag.append(mark * (tag.name != "br"))
     text = "".join(container.get_text() for container in soup.select(LYRICS, limit=100))
     text = re.sub(r" ?([\n\v\f]) ?", r"\1", re.sub(" +", " ", text))
-    text = re.sub(r"[\n\v]*+\f[\n\v\f]*", "\n\n", text)
-    text = re.sub(r"(?<!\n)\v+", "\n", text).replace("\v", "").strip()
+    text = re.sub(r"(?<![\n\v])\v+", "\n", re.sub(r"[\n\v]*+\f[\n\v\f]*", "\n\n", text))
+    text = text.replace("\v", "").strip()
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")  # no half characters
 
 
-def read_page(page: str) -> tuple[str, str]:
-    """("lyrics", the text) or ("none", why Genius has none). Raises Trouble if a page says neither."""
+def read_page(page: str):
+    """("lyrics", the text) or ("none", why there are none). Raises Trouble if a page says neither."""
     with suppress(ValueError, OverflowError, TypeError, LookupError, RecursionError, ParserRejectedMarkup):
         lyrics, words = lyrics_text(page), re.findall(r"LyricsPlaceholder[^<>]*>([^<]*)", page)
         if not lyrics and (state := re.search(STATE, page)):
             data = json.loads(lyricsgenius.utils.decode_js_string(state[1]))["songPage"]["lyricsData"]
             words.append(str(data.get("lyricsPlaceholderReason")))
             lyrics = lyrics_text(f'<p data-lyrics-container="true">{data["body"]["html"]}')
-        if lyrics:
-            return "lyrics", lyrics
-        for mark, reason in NO_LYRICS.items():
-            if mark in " ".join(words):
-                return "none", reason
+        words = " ".join(words)[:200]  # Genius' own
+        if lyrics or re.search("instrumental|transcribed|released", words):
+            return ("lyrics", lyrics) if lyrics else ("none", words)
     raise Trouble("no page with lyrics, nor one that says why there are none")
 
 
 # ----------------------------------------------------------------------------------------- cleaning
 SECTION = r"(?i:zwrotk|refren|ref\b|intro|outro|verse|chorus|hook|pre-|bridge|interlud|skit|część|part\b|cuty|tekst)"
+MARKS = "\u0300-\u036f\u0483-\u0489\u0591-\u05c7\u0610-\u065f\u0e31-\u0e4e\u1dc0-\u1dff\u20d0-\u20ff"
 RULES = {  # name -> (pattern, replacement), in this order; each takes time in proportion to the text
     "line ends": (r"\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]", "\n"),  # Windows', old Mac's, Unicode's
     # control characters, soft hyphens, zero-width and bidi marks, lone surrogates
-    "invisible marks": (r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e"
-                        r"\u2060-\u206f\ufeff\ud800-\udfff]", ""),
-    "typographic spaces": (r"[^\S\n ][^\S\n]*", " "),  # tabs, no-break, thin, em... spaces
-    # "12 ContributorsTranslationsEnglishTitle Lyrics" and a description that ends in "... Read More"
+    "invisible marks": (r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f"
+                        r"\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff]", ""),
+    "typographic spaces": (r"[^\S\n ]", " "),  # tabs, no-break, thin, em... spaces
+    "spaces": (r"(?m)  +|^ +| +$", lambda match: " " * (match[0] == "  ")),
+    "stacked marks": (f"(?<=[{MARKS}]{{4}})[{MARKS}]+", ""),  # to put n of them in order takes n * n steps
+    # "12 ContributorsTranslationsEnglishTitle Lyrics", a description that ends in "... Read More"
     "contributor counts": (r"\A\s*\d[\d.,]* Contributors?"
                            r"([^\n]{0,300}? Lyrics((?s:.{0,5000}?)(…|\.{3}) ?Read More)?)?", ""),
     # "See Somebody LiveGet tickets as low as $45"
@@ -272,57 +270,49 @@ RULES = {  # name -> (pattern, replacement), in this order; each takes time in p
                         rf"\[{SECTION}(?:(?!\n\n)[^\[\]]){{0,100}}\] ?:?|^\[{SECTION}[^\[\]\n]{{0,60}}$", "\n\n"),
     "separators": (rf"(?m)^ ?{re.escape(SEPARATOR)} ?$", ""),  # a line that would end the song
 }  # fmt: skip
-MARKS = "\u0300-\u036f\u0483-\u0489\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0e31-\u0e4e\u1dc0-\u1dff\u20d0-\u20ff"
-STACK = re.compile(f"(?<=[{MARKS}]{{4}})[{MARKS}]+")  # putting many in order takes the square of the time
 LOOK_ALIKES = str.maketrans("АВЕІКМНОРСТУХаеіјкорсухΑΒΕΖΗΙΚΜΝΟΡΤΥΧανορυ", "ABEIKMHOPCTYXaeijkopcyxABEZHIKMNOPTYXavopu")
 
 
-def mend_word(match: re.Match) -> str:
-    """Cyrillic and Greek look-alikes to Latin in a word whose other letters, at least half, are Latin."""
+def mend_word(match) -> str:
+    """Cyrillic and Greek look-alikes to Latin in a word whose other letters, half or more, are Latin."""
     word = match[0].translate(LOOK_ALIKES)
     if word == match[0] or 2 * sum(map(str.__ne__, word, match[0])) > len(word):
         return match[0]
-    latin = (unicodedata.combining(c) or unicodedata.name(c, "").startswith("LATIN") for c in word)
-    return word if all(latin) else match[0]
+    names = (unicodedata.name(c, "") for c in word if not unicodedata.combining(c))
+    return word if all(name.startswith("LATIN") for name in names) else match[0]
 
 
-def tidy(text: str) -> str:
-    """Single spaces, none at the ends of lines; at most one empty line in a row, none at the ends."""
-    text = re.sub(r" ?\n ?", "\n", re.sub(" +", " ", text))
-    return re.sub(r"\n{3,}", "\n\n", text).strip("\n ")
-
-
-def clean(text: str, keep_headers: bool = False) -> tuple[str, Counter]:
+def clean(text: str, keep_headers: bool = False):
     """Lyrics as a person wrote them, and how often each rule applied. Cleaning again changes nothing."""
     fixed = Counter()
     for _ in range(20):  # one rule may uncover work for another; what needs more rounds is no lyric
-        before, text = text, tidy(text)
-        composed = unicodedata.normalize("NFC", STACK.sub("", text))
-        fixed["composed letters (NFC)"] += max(len(text) - len(composed), text != composed)
-        text = re.sub(r"(?:[^\W\d_]|[\u0300-\u036f])+", mend_word, composed)
-        fixed["look-alikes"] += sum(map(str.__ne__, text, composed))
+        before = text
         for name, (pattern, replacement) in RULES.items():
             if not (keep_headers and name == "section headers"):
                 text, count = re.subn(pattern, replacement, text)
                 fixed[name] += count
-        text = tidy(text)
+        composed = unicodedata.normalize("NFC", text)
+        fixed["composed letters (NFC)"] += max(len(text) - len(composed), text != composed)
+        text = re.sub(r"(?:[^\W\d_]|[\u0300-\u036f])+", mend_word, composed)
+        fixed["look-alikes"] += sum(map(str.__ne__, text, composed))
         if text == before:
             break
     return text, +fixed
 
 
 # ------------------------------------------------------------------------------------------- corpus
-def build(db: sqlite3.Connection, args: argparse.Namespace) -> tuple[str, dict]:
+def build(db, args):
     """The corpus, its songs in the order of their ids, and the report on it."""
     chosen, excluded = select(db, args)
     corpus, texts, fixed, repeats, failed = [], {}, Counter(), {}, []
     for song_id in sorted(chosen):
-        song = db.execute("SELECT id, title, url, state, tries, text FROM song WHERE id = ?", [song_id]).fetchone()
+        song = db.execute("SELECT * FROM song WHERE id = ?", [song_id]).fetchone()
         text, counts = clean(song["text"] if song["state"] == "lyrics" else "", args.keep_headers)
         plain = normalized(text)
         if song["state"] == "wanted":
             excluded["not fetched"] += 1
-            failed += [dict(song)] if song["tries"] else []
+            if song["tries"]:
+                failed.append({key: song[key] for key in ("id", "title", "url", "text")})
         elif plain in ("", "instrumental", "this song is an instrumental"):
             excluded["instrumentals" if "instrumental" in plain + song["text"] else "no lyrics"] += 1
         elif texts.setdefault(plain, song_id) != song_id:
@@ -333,10 +323,10 @@ def build(db: sqlite3.Connection, args: argparse.Namespace) -> tuple[str, dict]:
             fixed += counts
     text = f"\n{SEPARATOR}\n".join(corpus) + "\n"
     report = {"songs": len(corpus), "characters": len(text), "excluded": excluded, "fixed": fixed}
-    return text, report | {"repeats": repeats, "failed": failed, "output": str(args.output)}
+    return text, report | {"repeats": repeats, "failed": failed}
 
 
-def collect(args: argparse.Namespace) -> dict:
+def collect(args):
     """Fetch what the database lacks, write corpus and report; returns the report."""
     genius, stopped = None if args.offline else connect(args), ""
     with database(args, genius) as db:
@@ -347,15 +337,20 @@ def collect(args: argparse.Namespace) -> dict:
         except Trouble as trouble:  # what is there becomes a corpus all the same
             stopped = str(trouble)
         corpus, report = build(db, args)
-        artist_id, name = db.execute("SELECT id, name FROM artist").fetchone()
-        report |= {"artist": name, "artist_id": artist_id, "stopped": stopped}
         if not report["songs"]:
             raise Trouble(f"there is no song to write: {stopped or dict(report['excluded'])}")
+        report["artist_id"], name = db.execute("SELECT id, name FROM artist").fetchone()
+        report |= {"artist": name, "output": str(args.output), "stopped": stopped}
         write(db, args.output, corpus)
         write(db, args.report, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
-        if genius and not stopped:
-            with db:  # the next run looks for new songs
-                db.execute("UPDATE artist SET next_page = 1")
+        with db:  # after a whole run the next one looks for new songs
+            db.execute("UPDATE artist SET next_page = 1 WHERE ?", [bool(genius and not stopped)])
+    print(f"{name}: {report['songs']:,} songs, {report['characters']:,} characters -> {args.output}")
+    for kind in ("excluded", "fixed"):
+        print("".join(f"  {kind:8} {count:8,}  {why}\n" for why, count in report[kind].items()), end="")
+    for song in report["failed"][:20]:
+        print(f"  lost: {song['title']}: {song['text']} ({song['url']})")
+    print(f"next: python gpt.py --input {shlex.quote(str(args.output))}")
     return report
 
 
@@ -364,24 +359,23 @@ TIMEOUT, HOUR = 15.0, 3600.0  # seconds: without an answer; of waiting between t
 RETRIES, BACKOFF = 5, 1.0  # further tries after a fault; seconds before the first, then doubled
 LARGEST = 4_000_000  # bytes of an answer, unpacked
 TOKEN_NAME = "GENIUS_ACCESS_TOKEN"
-TOKEN_HELP = f"get one at https://genius.com/api-clients, then set {TOKEN_NAME} or give --token_file FILE"
+TOKEN_HELP = f"get one at https://genius.com/api-clients, then set {TOKEN_NAME} or --token_file FILE"
 
 
 class PoliteSession(requests.Session):
-    """Keeps a distance between requests, repeats them after faults, lets only sound answers through."""
+    """Keeps a distance between requests, repeats them after faults, lets sound answers through."""
 
     delay, ready_at, patience = 0.0, 0.0, HOUR
 
-    def request(self, method: str, url: str, **kwargs) -> requests.Response:
+    def request(self, method, url, timeout=TIMEOUT, **kwargs):
         """As in requests, or raises Trouble or Stop, which repeat nothing of what was sent."""
-        is_page = not kwargs  # lyricsgenius always gives parameters
         for backoff in (*(BACKOFF * 2**i for i in range(RETRIES)), 0):
             time.sleep(max(0.0, self.ready_at - time.monotonic()))
             asked = ""
             try:
-                with super().request(method, url, stream=True, **{"timeout": TIMEOUT, **kwargs}) as response:
+                with super().request(method, url, timeout=timeout, stream=True, **kwargs) as response:
                     asked = response.headers.get("Retry-After", "")
-                    problem = self.fault(response, is_page)
+                    problem = self.fault(response, is_page=not kwargs)  # a page is asked for as such
             except (requests.RequestException, ValueError, RecursionError) as error:
                 problem = type(error).__name__
             self.ready_at = time.monotonic() + self.delay
@@ -392,24 +386,25 @@ class PoliteSession(requests.Session):
                 self.wait(backoff, asked, problem)
         raise Trouble(f"no good answer from Genius ({problem}, {RETRIES + 1} times)")
 
-    def wait(self, seconds: float, asked: str, problem: str) -> None:
-        """Sleep for so long, or as long as a Retry-After header asks; a long wait is told every minute."""
-        with suppress(ValueError, OverflowError, TypeError, IndexError):  # it is a number or a date
+    def wait(self, seconds, asked, problem):
+        """Sleep for so long, or as long as a Retry-After header asks; tell it every minute."""
+        with suppress(ValueError, OverflowError, TypeError, IndexError):  # a number or a date
             number = float(asked) if asked.isdecimal() else 0.0
             seconds = max(seconds, number or parsedate_to_datetime(asked).timestamp() - time.time())
         seconds = min(seconds, self.patience)
         self.patience -= seconds
-        while seconds > 0:
-            if seconds >= 5:
-                tqdm.write(f"{problem}: waiting {seconds:.0f} s", file=sys.stderr)
-            time.sleep(min(seconds, 60))
-            seconds -= 60
+        for left in range(int(seconds), 0, -60) if seconds >= 5 else ():
+            tqdm.write(f"{problem}: waiting {left} s", file=sys.stderr)
+            time.sleep(min(left, 60))
+        time.sleep(seconds % 1 if seconds >= 5 else seconds)
 
-    def fault(self, response: requests.Response, is_page: bool) -> str:
-        """What is wrong with an answer but may pass, or "". Raises Stop or Trouble for what will not."""
+    def fault(self, response, is_page):
+        """What is wrong with an answer but may pass, or "". Raises Stop or Trouble if it will not."""
         status, body = response.status_code, bytearray()
         if status == 401:
             raise Stop(f"Genius does not accept this token (HTTP 401); {TOKEN_HELP}")
+        if status == 404 and not is_page:
+            raise Stop("Genius has no artist with this number (HTTP 404); search with --artist NAME")
         if status in (408, 429) or status >= 500:
             return f"HTTP {status}"
         if status != 200:
@@ -427,50 +422,34 @@ class PoliteSession(requests.Session):
 
 
 @contextmanager
-def database(args: argparse.Namespace, genius: lyricsgenius.Genius | None):
-    """Open the artist's database for this process alone; make it if there is none. Raises Stop."""
-    path, status = args.database, 2
-    artist = None if path.exists() else ask_artist(genius, args)  # first: a wrong name leaves no file
-    path.parent.mkdir(parents=True, exist_ok=True)
+def database(args, genius):
+    """The artist's database, for this process alone; made if there is none. Raises Stop, Trouble."""
+    path, kind = args.database, Stop
+    artist = None if path.exists() else find_artist(genius, args)  # first: a wrong name leaves no file
     try:
-        with closing(sqlite3.connect(f"{path}.lock", timeout=1)) as lock, closing(sqlite3.connect(path)) as db:
+        with closing(sqlite3.connect(f"{path}.lock", 1)) as lock, closing(sqlite3.connect(path)) as db:
             lock.execute("BEGIN EXCLUSIVE")  # until this process ends, however it ends
             db.row_factory = sqlite3.Row
             if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
                 db.executescript(f"BEGIN; {SCHEMA}")
-                db.execute("INSERT INTO artist (id, name) VALUES (:id, :name)", artist or ask_artist(genius, args))
+                db.execute("INSERT INTO artist (id, name) VALUES (:id, :name)", artist or find_artist(genius, args))
                 db.commit()
-            found = db.execute("SELECT id, name, next_page, odd_entries FROM artist").fetchone()
-            if found is None or db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
-                raise sqlite3.DatabaseError("it is damaged")
-            if args.artist_id not in (None, found["id"]):
-                raise Stop(f"{path} is of artist {found['id']}, {found['name']}; give another --artist name")
-            db.execute("PRAGMA journal_mode = WAL")  # a kill at any moment loses nothing that was stored
-            status = 1
+            found = db.execute("SELECT id, next_page, odd_entries FROM artist").fetchone()
+            if not found or db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError("damaged")
+            if args.artist_id not in (None, found[0]):
+                raise Stop(f"{path} is of the artist with number {found[0]}; give another --artist name")
+            db.execute("PRAGMA journal_mode = WAL")  # a kill loses nothing that was stored
+            kind = Trouble
             yield db
     except sqlite3.Error as error:
-        if "locked" in str(error):
-            raise Stop(f"{path} is in use by another collector; wait until it has finished") from None
-        raise Stop(f"{path}: {error}; it is left as it is: move it away or repair it", status) from None
+        why = "another collector uses it; wait until it ends" if "locked" in str(error) else error
+        raise kind(f"{path}: {why}; it is left as it is: move it away or repair it") from None
 
 
-def ask_artist(genius: lyricsgenius.Genius | None, args: argparse.Namespace) -> dict:
-    """The artist, from Genius. Raises Stop, with a way out."""
-    if genius is None:
-        raise Stop(f"{args.database} holds no songs yet; run without --offline first")
-    try:
-        return find_artist(genius, args)
-    except Trouble as trouble:
-        how = "--artist_id NUMBER; it is in the source of the artist's page on genius.com: genius://artists/NUMBER"
-        way = "search with --artist NAME" if args.artist_id else f"the search failed: give {how}"
-        raise Stop(f"{trouble}; {way}", 2 if "404" in str(trouble) else 1) from None
-
-
-def write(db: sqlite3.Connection, path: Path, text: str) -> None:
-    """Put a text in the place of `path`, at once. A file there that we did not write is moved aside."""
-    data = text.encode("utf-8", "replace")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{time.time_ns()}.tmp")
+def write(db, path, text):
+    """Put a text in the place of a file, at once. A file that we did not write is moved aside."""
+    data, temporary = text.encode("utf-8", "replace"), Path(f"{path}.{time.time_ns()}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -487,118 +466,95 @@ def write(db: sqlite3.Connection, path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def connect(args: argparse.Namespace) -> lyricsgenius.Genius:
+def connect(args):
     """The Genius client, with the token from the first place that holds one, alone or as NAME=token."""
-    line = re.compile(rf"(?m)^\s*(?:export\s+)?{TOKEN_NAME}\s*=(.*)")
-    text = os.environ.get(TOKEN_NAME, "")
+    line, text = rf"(?m)^\s*(?:export\s+)?{TOKEN_NAME}\s*=(.*)", os.environ.get(TOKEN_NAME, "").strip()
     try:
         if args.token_file:
             text = Path(args.token_file).read_text("utf-8-sig", "replace")
-        elif not text.strip() and Path(".env").is_file():
-            text = "".join(line.findall(Path(".env").read_text("utf-8-sig", "replace"))[:1])
+        elif not text and Path(".env").is_file():
+            text = "".join(re.findall(line, Path(".env").read_text("utf-8-sig", "replace"))[:1])
     except (OSError, ValueError):  # the value is not repeated: it may be the token itself
-        raise Stop("the token can't be read; --token_file takes the name of a file, not the token") from None
-    if not text.strip() and "google.colab" in sys.modules:  # inside a Colab cell
+        raise Stop("--token_file can't be read; it takes the name of a file, not the token") from None
+    if not text and "google.colab" in sys.modules:  # inside a Colab cell
         from google.colab import userdata
         with suppress(userdata.SecretNotFoundError, userdata.NotebookAccessError):
             text = userdata.get(TOKEN_NAME) or ""
-    token = "".join(line.findall(text)[:1] or [text]).strip().strip("\"'")
+    token = "".join(re.findall(line, text)[:1] or text).strip().strip("\"'")
     if not re.fullmatch("[!-~]+", token):
-        problem = "holds characters that no token has; copy it again" if token else f"is missing; {TOKEN_HELP}"
-        raise Stop(f"the Genius access token {problem}")
+        raise Stop(f"there is no Genius access token, or it holds odd characters; {TOKEN_HELP}")
     genius = lyricsgenius.Genius(token, timeout=TIMEOUT, sleep_time=0)
-    headers, genius._session = genius._session.headers, PoliteSession()
-    genius._session.headers.update(headers)
-    genius._session.delay = args.delay
+    genius._session.__class__, genius._session.delay = PoliteSession, args.delay
     return genius
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv):
     """Read and check the options. Raises Stop, which repeats no value: it may be a token."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False, description=__doc__.partition("\n")[0])
-    add = parser.add_argument
+
+    def refuse(message):
+        """Name the option, if there is one."""
+        name = re.findall("--[a-z_]+", message)[:1] or ["a word"]
+        raise Stop(f"{name[0]} does not fit; see --help; a token would stay in the shell's history: {TOKEN_HELP}")
+
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition("\n")[0])
+    parser.error, add = refuse, parser.add_argument
     add("--artist", help=f"name of the artist; case and diacritics do not matter (default: {ARTIST_NAME})")
-    add("--artist_id", type=int, help="Genius id of the artist; --artist then only names the files")
+    add("--artist_id", type=int, help="Genius number of the artist; --artist then only names the files")
     add("--output", type=Path, help=f"corpus file (default: {FOLDER}/<artist>.txt)")
     add("--token_file", help="file that holds the Genius access token")
     add("--include_features", action="store_true", help="also songs that only feature the artist")
-    add("--versions", default="all", choices=("all", "first"), help="remixes, live…: all, or the first of a song")
+    add("--versions", default="all", choices=("all", "first"), help="of remixes, live versions...")
     add("--max_songs", type=int, help="at most that many songs, the first by title")
     add("--keep_headers", action="store_true", help="keep section headers such as [Refren]")
     add("--offline", action="store_true", help="build the corpus from the database, without network")
     add("--delay", type=float, default=0.5, help="seconds between two requests (default: 0.5)")
-    try:
-        args, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise Stop(f"{error.argument_name}: its value is missing or does not fit; see --help") from None
-    name = unknown[0].partition("=")[0] if unknown else ""
-    token = r"(?=.*\d)(?=.*[a-z])(?=.*[A-Z])[\w-]{30,}"  # what looks like one
-    if unknown or any(re.fullmatch(token, str(value)) for value in vars(args).values()):
-        place = name if re.fullmatch("--[a-z_]+", name) else "a word"
-        raise Stop(f"there is no place for {place}; see --help; a token would stay in the shell's history: {TOKEN_HELP}")
-    numbers = [n for n in (args.max_songs, args.artist_id) if n is not None]
-    if not 0 <= args.delay <= 3600 or not all(0 < n < 2**53 for n in numbers):
-        raise Stop("--delay must lie between 0 and 3600, --max_songs and --artist_id must be 1 or more")
-    args.artist = ARTIST_NAME if args.artist is None and not args.artist_id else args.artist
-    name = normalized(args.artist if args.artist is not None else f"artist {args.artist_id}")
-    if not name or len(name) > 100 or not name.isprintable():
-        raise Stop("--artist is empty, longer than 100 characters, or holds unprintable ones")
-    stem = re.sub(r"\W+", "_", name).strip("_")[:40]
-    if stem.replace("_", " ") != name:  # "a+b" and "a b" are two artists
-        stem += "-" + hashlib.sha256(name.encode()).hexdigest()[:6]
-    args.database, args.output = FOLDER / f"{stem}.sqlite", args.output or FOLDER / f"{stem}.txt"
-    args.report = args.output.with_suffix(".report.json")
-    with suppress(OSError, ValueError):  # of names that no file can have
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        is_token = re.fullmatch(r"(?=.*\d)(?=.*[a-z])(?=.*[A-Z])[\w-]{30,}", str(value))
+        if is_token or type(value) is int and not 0 < value < 2**53 or name == "delay" and not 0 <= value <= 3600:
+            refuse(f"--{name}")
+    if args.artist is None and not args.artist_id:
+        args.artist = ARTIST_NAME
+    name = f"artist-{args.artist_id}" if args.artist is None else normalized(args.artist)
+    if not 0 < len(name) <= 100 or not name.isprintable():
+        refuse("--artist")
+    name = re.sub(r"[^\w -]", lambda match: f"%{ord(match[0])}", name).replace(" ", "_")  # one name, one file
+    args.database, args.output = FOLDER / f"{name}.sqlite", args.output or FOLDER / f"{name}.txt"
+    with suppress(OSError, ValueError):  # a name that no file can have
+        args.report = args.output.with_suffix(".report.json")
         for path in (args.database, args.output, args.report):
-            parent = next(p for p in path.absolute().parents if p.exists())
-            if path.exists() and not path.is_file() or not (parent.is_dir() and os.access(parent, os.W_OK)):
-                break
-        else:
-            if not str(args.output.resolve()).startswith(str(args.database.resolve())):
-                return args
-    raise Stop(f"no file can be made at {args.output} or {args.database}; give another --output or change the folder")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_file() or not os.access(path.parent, os.W_OK):
+                raise OSError
+        if args.output.suffix not in (".sqlite", ".lock"):
+            return args
+    raise Stop(f"no file can be made at {args.output} or {args.database}; give another --output")
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv=None):
     """Run the collector; returns the report. Ends with SystemExit: 2 bad input, 1 trouble, 130 Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a title must not break a terminal that is not UTF-8
             stream.reconfigure(errors="replace")
-    if argv is None:
-        argv = sys.argv[1:]
-        if IN_NOTEBOOK:  # these started the kernel: -f kernel.json (Jupyter, Colab), --f=kernel.json (VS Code)
-            argv = argv[2:] if argv[:1] == ["-f"] else [arg for arg in argv if not arg.startswith("--f=")]
+    if argv is None:  # a notebook's kernel was started with arguments of its own
+        argv = [] if "kernel" in Path(sys.argv[0]).name else sys.argv[1:]
     kept = f"what was fetched is kept; continue with: python data_collection.py {shlex.join(argv)}"
     report, status = {}, 1
     try:
         report = collect(parse_args(argv))
-        show(report)
         if not report["failed"] and not report["stopped"]:
             return report
-        message = f"error: {report['stopped'] or str(len(report['failed'])) + ' songs are lost (see above)'}; {kept}"
+        message = f"error: {report['stopped'] or 'songs are lost, see above'}; {kept}"
     except Stop as stop:
-        status, message = (*stop.args, 2)[1], f"error: {stop.args[0]}"
-    except Trouble as trouble:
+        status, message = 2, f"error: {stop}"
+    except (Trouble, OSError) as trouble:
         message = f"error: {trouble}; {kept}"
-    except OSError as error:
-        message = f"error: {error.filename or 'output'}: {error.strerror}; {kept}"
     except KeyboardInterrupt:
         status, message = 130, f"\nstopped; {kept}"
     print(message, file=sys.stderr)
     if IN_NOTEBOOK and status != 2:
         return report
     raise SystemExit(status)
-
-
-def show(report: dict) -> None:
-    """Print what was collected, left out and mended."""
-    print(f"{report['artist']}: {report['songs']:,} songs, {report['characters']:,} characters -> {report['output']}")
-    for kind in ("excluded", "fixed"):
-        for name, count in report[kind].most_common():
-            print(f"  {kind:8} {count:8,}  {name}")
-    for song in report["failed"][:20]:
-        print(f"  lost: {song['title']}: {song['text']} ({song['url']})")
-    print(f"next: python gpt.py --input {shlex.quote(report['output'])}")
 
 
 if __name__ == "__main__":

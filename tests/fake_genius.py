@@ -39,9 +39,14 @@ def invented(seed, stanzas=3, lines=4):
 
 
 def page_html(lyrics, form, padding=""):
-    """A song page: lyrics in `containers` (two, with a widget between them) or in the page's embedded `state`."""
+    """A song page: lyrics in `containers` (two, with a widget between them) or in the page's embedded `state`.
+
+    The form `none` shows the text where Genius says why there are no lyrics; `raw` is the page itself.
+    """
     if form == "raw":
         return lyrics
+    if form == "none":
+        return f'<html><body><div class="LyricsPlaceholder__Message-sc-1">{lyrics}</div></body></html>'
     markup = lyrics.replace("&", "&amp;").replace("<", "&lt;").replace("\n", "<br/>")
     if form == "state":
         state = json.dumps({"songPage": {"lyricsData": {"body": {"html": f"<p>{markup}</p>"}}}, "padding": padding})

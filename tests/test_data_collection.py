@@ -11,11 +11,13 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 import traceback
 import types
+from contextlib import closing
 from pathlib import Path
 
 import fake_genius
@@ -27,7 +29,7 @@ from hypothesis import strategies as st
 import data_collection as dc
 
 SEPARATOR = "\n<|endoftext|>\n"
-CORPUS, CACHE = Path("assets/input/tede.txt"), Path("assets/input/.genius/7")
+CORPUS, DATABASE = Path("assets/input/tede.txt"), Path("assets/input/tede.sqlite")
 
 
 @pytest.fixture
@@ -54,8 +56,9 @@ def fail(capsys, status, *argv):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run(*argv)
-    assert stop.value.code == status
-    return capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert stop.value.code == status, err
+    return err
 
 
 def process(server, *argv, **env):
@@ -63,6 +66,19 @@ def process(server, *argv, **env):
     command = [sys.executable, str(ROOT / "tests" / "fake_genius.py"), server.url, "--delay", "0", *map(str, argv)]
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **env}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+
+
+def ask(query, path=DATABASE):
+    """The rows that a query gives, as a person would ask with sqlite3."""
+    with closing(sqlite3.connect(path)) as db:
+        rows = db.execute(query).fetchall()
+        db.commit()
+    return rows
+
+
+def stored(state="lyrics"):
+    """The ids of the songs in this state."""
+    return [i for (i,) in ask(f"SELECT id FROM song WHERE state = '{state}' ORDER BY id")]
 
 
 def files(folder="."):
@@ -159,11 +175,11 @@ def test_an_artist_with_diacritics_names_the_file(genius):
 
 def test_a_wrong_artist_stops_with_the_candidates(genius, capsys):
     error = fail(capsys, 2, "--artist", "Tedeus")
-    assert error.startswith("error: no artists are named") and "\n  3 Tedeusz\n  7 Tede\n" in error
-    assert "python data_collection.py --artist_id 3" in error and not files()
+    assert error.startswith('error: Genius has no artists like "Tedeus"; choose one') and not files()
+    assert "\n  --artist_id 3  # Tedeusz\n  --artist_id 7  # Tede\n" in error
     genius.add_artist(8, "TĘDE")
     error = fail(capsys, 2, "--artist", "Tede")
-    assert "2 artists" in error and "  7 Tede\n  8 TĘDE\n" in error and "Tedeusz" not in error and not files()
+    assert "2 artists" in error and "7  # Tede\n  --artist_id 8  # TĘDE\n" in error and "Tedeusz" not in error
     genius.artists.clear()
     assert "check the spelling" in fail(capsys, 2, "--artist", "Nikt")
 
@@ -179,8 +195,12 @@ def test_the_right_artist_may_be_on_the_second_page_of_the_search(genius):
 def test_an_id_chooses_the_artist(genius, capsys):
     genius.add_song(3, 1)
     assert run("--artist_id", 3)["artist"] == "Tedeusz"
-    assert "no artist with this id" in fail(capsys, 2, "--artist_id", 99)
-    assert not Path("assets/input/.genius/99").exists()
+    assert Path("assets/input/artist_3.txt").exists()  # a name comes from the command line, never from a server
+    error = fail(capsys, 2, "--artist_id", 99)
+    assert "HTTP 404" in error and "search with --artist NAME" in error
+    assert not Path("assets/input/artist_99.sqlite").exists()
+    assert run("--artist", "Kot", "--artist_id", 3)["output"] == str(Path("assets/input/kot.txt"))
+    assert "give another --artist name" in fail(capsys, 2, "--artist", "Kot", "--artist_id", 7)
 
 
 # ---------- Which songs ----------
@@ -194,20 +214,21 @@ def test_what_is_left_out_is_counted_by_reason(genius):
         genius.add_song(7, i, title, primary=people.get(i, [7]), featured_artists=[{"id": 7, "name": "Tede"}])
     genius.add_song(7, 11, instrumental=True)
     genius.add_song(7, 12, lyrics_state="unreleased")
-    genius.lists[7].append(genius.lists[7][0])
-    genius.add_song(7, 13, lyrics="")
-    genius.add_song(7, 14, lyrics="", form="containers")
+    genius.lists[7].append(genius.lists[7][0])  # listed twice
+    genius.add_song(7, 13, lyrics="Lyrics for this song have yet to be transcribed", form="none")
+    genius.add_song(7, 14, lyrics="12 Contributors")
     genius.add_song(7, 15, lyrics="[Instrumental]")
     genius.add_song(7, 16, lyrics="This song is an Instrumental.")
     genius.add_song(7, 17, lyrics=invented(1).upper() + "!")
+    genius.add_song(7, 18, lyrics="This song is an instrumental", form="none")
     del genius.lists[7][1]["primary_artist"]["id"]
     report = run()
-    left = {"translations": 1, "annotation pages": 3, "instrumentals": 3, "features": 1, "listed twice": 1,
+    left = {"translations": 1, "annotation pages": 3, "instrumentals": 4, "features": 1,
             "lyrics not complete": 1, "no lyrics": 3, "repeated songs": 1}  # fmt: skip
     assert report["excluded"] == left and report["songs"] == 4 and report["repeats"] == {17: 1}
     report = run("--include_features", "--keep_headers")
     assert report["songs"] == 5 and "features" not in report["excluded"] and "[Refren 2]" in CORPUS.read_text()
-    assert report["excluded"]["instrumentals"] == 4 and report["excluded"]["no lyrics"] == 2
+    assert report["excluded"]["instrumentals"] == 5 and report["excluded"]["no lyrics"] == 2
 
 
 def test_versions_all_or_first_and_max_songs(genius):
@@ -220,16 +241,6 @@ def test_versions_all_or_first_and_max_songs(genius):
     assert report["songs"] == 6 and report["excluded"] == {"other versions": 3}
     report = run("--max_songs", 2)
     assert report["songs"] == 2 and report["excluded"] == {"beyond --max_songs": 7}
-
-
-def test_near_repeats_are_kept_and_reported(genius, capsys):
-    lines = invented(1, stanzas=1, lines=20).split("\n")
-    genius.add_song(7, 1, lyrics="\n".join(lines))
-    genius.add_song(7, 2, lyrics="\n".join([*lines[:-2], "Całkiem inny koniec", "I jeszcze jeden wers"]))
-    genius.add_song(7, 3)
-    report = run()
-    assert report["songs"] == 3 and report["near_repeats"] == {2: 1}
-    assert "song 2 has most lines of song 1" in capsys.readouterr().out
 
 
 def test_a_song_cannot_end_itself(genius):
@@ -295,10 +306,10 @@ def test_lost_songs_are_listed_and_never_stored(genius, capsys):
     with pytest.raises(SystemExit) as stop:
         run()
     out = capsys.readouterr()
-    assert stop.value.code == 1 and "error: 3 songs are lost" in out.err and "run the same command again" in out.err
-    assert "2 'Utwór 00002': Genius answered HTTP 404" in out.out and "3 'Utwór 00003': no good answer" in out.out
-    assert "5 'Utwór 00005'" in out.out and "next: python gpt.py" in out.out
-    assert len(corpus()) == 2 and not any((CACHE / f"{i}.json").exists() for i in (2, 3, 5))
+    assert stop.value.code == 1 and "error: 3 songs are lost" in out.err and "continue with: python data_" in out.err
+    assert "lost: Utwór 00002: Genius answers (HTTP 404)" in out.out and "lost: Utwór 00003: no good answer" in out.out
+    assert "(https://genius.com/song-5-lyrics)" in out.out and "next: python gpt.py" in out.out
+    assert len(corpus()) == 2 and stored("wanted") == [2, 3, 5]
     genius.fault = lambda path, number: ""
     genius.add_song(7, 2)
     genius.lists[7] = genius.lists[7][:5]
@@ -307,22 +318,16 @@ def test_lost_songs_are_listed_and_never_stored(genius, capsys):
     assert run()["songs"] == 5 and set(genius.page_requests()) == {f"/web/song-{i}-lyrics" for i in (2, 3, 5)}
 
 
-def test_no_lyrics_is_remembered(genius):
+@pytest.mark.parametrize("word", ["This song is an instrumental", "Lyrics for this song have yet to be transcribed.",
+                                  "Lyrics for this song have yet to be released. Please check back later."])  # fmt: skip
+def test_genius_word_that_there_are_no_lyrics_is_remembered(genius, word):
     genius.add_song(7, 1)
-    genius.add_song(7, 2, lyrics="", form="containers")
-    genius.add_song(7, 3, lyrics="", form="state")
-    run()
-    assert run()["excluded"] == {"no lyrics": 2} and max(genius.page_requests().values()) == 1
-
-
-def test_a_damaged_cache_file_is_fetched_again(genius):
-    genius.add_song(7, 1)
-    genius.add_song(7, 2)
-    run()
-    whole = CORPUS.read_bytes()
-    (CACHE / "2.json").write_text('{"song": {"id"')
-    assert run()["songs"] == 2 and CORPUS.read_bytes() == whole
-    assert genius.page_requests() == {"/web/song-1-lyrics": 1, "/web/song-2-lyrics": 2}
+    genius.add_song(7, 2, lyrics=word, form="none")
+    state = json.dumps({"songPage": {"lyricsData": {"body": {"html": ""}, "lyricsPlaceholderReason": "unreleased"}}})
+    page = f"<html><script>window.__PRELOADED_STATE__ = JSON.parse('{state}');</script></html>"
+    genius.add_song(7, 3, lyrics=page, form="raw")
+    assert run()["songs"] == 1 and stored("none") == [2, 3]
+    assert run()["failed"] == [] and max(genius.page_requests().values()) == 1
 
 
 def test_401_is_a_bad_token_at_once(genius, capsys, monkeypatch):
@@ -331,31 +336,58 @@ def test_401_is_a_bad_token_at_once(genius, capsys, monkeypatch):
     assert "does not accept this token (HTTP 401)" in error and "genius.com/api-clients" in error
     assert error.count("\n") == 1 and "wrong-token" not in error
     assert genius.counts.total() == 2  # the search needs no token; the first request that does ends the run
-    assert not list(Path(".").rglob("*.txt")) and not list(CACHE.glob("[0-9]*.json"))
+    assert not list(Path(".").rglob("*.txt")) and not ask("SELECT * FROM song")
 
 
-def test_403_stops_at_once_and_keeps_what_there_is(genius, capsys):
+def test_a_refused_list_stops_at_once_and_a_refused_page_is_left_out(genius, capsys):
     for i in range(1, 11):
         genius.add_song(7, i)
     genius.fault = lambda path, number: "403" if "/v1/" in path else ""
     error = fail(capsys, 1)
-    assert "refuses this address (HTTP 403)" in error and "Colab" in error and "your own computer" in error
+    assert "refuses (HTTP 403)" in error and "another computer" in error
     assert error.count("\n") == 1 and genius.counts.total() == 2
     genius.fault = lambda path, number: "403" if "song-6" in path else ""
-    error = fail(capsys, 1)
-    assert "HTTP 403" in error and sum(genius.page_requests().values()) == 6 and not CORPUS.exists()
-    assert sorted(int(p.stem) for p in CACHE.glob("[0-9]*.json")) == [1, 2, 3, 4, 5]
+    assert "1 songs are lost" in fail(capsys, 1) and len(corpus()) == 9 and stored("wanted") == [6]
     genius.fault = lambda path, number: ""
     assert run()["songs"] == 10
     assert {path: n for path, n in genius.page_requests().items() if n > 1} == {"/web/song-6-lyrics": 2}
 
 
+def test_a_block_ends_with_what_is_there_and_passes_by_songs_that_stay_refused(genius, capsys):
+    for i in range(1, 31):
+        genius.add_song(7, i)
+    genius.fault = lambda path, number: "403" if "/web/" in path and genius.page_requests().total() > 10 else ""
+    error = fail(capsys, 1, "--artist", "Tede")
+    assert "5 songs in a row; it seems that Genius blocks" in error and error.count("\n") == 1
+    assert "continue with: python data_collection.py --delay 0 --artist Tede" in error
+    assert len(corpus()) == 10 and genius.page_requests().total() == 15
+    assert json.loads(CORPUS.with_suffix(".report.json").read_text())["stopped"] in error
+    refused = {f"/web/song-{i}-lyrics" for i in range(11, 16)}
+    genius.fault = lambda path, number: "403" if path in refused else ""
+    fail(capsys, 1)  # the songs not yet asked for come first
+    assert len(corpus()) == 25
+    genius.fault = lambda path, number: ""
+    assert run()["songs"] == 30
+
+
+def test_a_lasting_429_ends_after_a_bounded_time(genius, monkeypatch, capsys):
+    for i in range(1, 101):
+        genius.add_song(7, i)
+    run("--max_songs", 3)
+    waits, genius.retry_after = [], "1800"
+    monkeypatch.setattr(dc.time, "sleep", waits.append)
+    genius.fault = lambda path, number: "429" if "/web/" in path else ""
+    error = fail(capsys, 1)
+    assert "HTTP 429" in error and "continue with:" in error and len(corpus()) == 3
+    assert sum(waits) < 3700 and max(waits) <= 60 and genius.page_requests().total() < 40
+
+
 def test_a_list_that_cannot_be_read_ends_the_run(genius, capsys):
     genius.add_song(7, 1)
     genius.fault = lambda path, number: "502" if "/songs" in path else ""
-    assert "error: no good answer from Genius (HTTP 502, 6 times)" in fail(capsys, 1)
+    assert "error: there is no song to write: no good answer from Genius (HTTP 502, 6 times)" in fail(capsys, 1)
     genius.close()
-    assert "error: no good answer from Genius (ConnectionError, 6 times)" in fail(capsys, 1)
+    assert "no good answer from Genius (ConnectionError, 6 times)" in fail(capsys, 1)
 
 
 def test_retry_after_and_delay_are_kept(genius, monkeypatch, capsys):
@@ -371,7 +403,20 @@ def test_retry_after_and_delay_are_kept(genius, monkeypatch, capsys):
     once = iter(["429"])
     genius.fault = lambda path, number: next(once, "")
     run()
-    assert 290 < max(waits) <= 300 and "HTTP 429: waiting" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert 290 < sum(waits) <= 300 and max(waits) <= 60 and err.count("HTTP 429: waiting") == 5
+
+
+@pytest.mark.parametrize("header, least, most", [
+    ("7", 7, 7), ("7.5", 0, 1), ("-7", 0, 1), ("", 0, 1), ("soon", 0, 1), ("²", 0, 1), ("nan", 0, 1), ("9" * 400, 3600, 3600),
+    ("100000", 3600, 3600), ("Sun, 06 Nov 99999 08:49:37 GMT", 0, 1), ("Sun, 06 Nov 1994 08:49:37 GMT", 0, 1),
+    ("Fri, 31 Dec 9999 23:59:59 GMT", 3600, 3600), ("Sunday, 06-Nov-94 08:49:37 GMT", 0, 1),
+    ("Sun Nov  6 08:49:37 1994", 0, 1), ("Thu, 99 Foo 2040 25:61:61 +9999", 0, 1)])  # fmt: skip
+def test_retry_after_in_all_its_forms(monkeypatch, header, least, most):
+    waits = []
+    monkeypatch.setattr(dc.time, "sleep", waits.append)
+    dc.PoliteSession().wait(0.001, header, "HTTP 429")
+    assert least <= sum(waits) <= most
 
 
 # ---------- Kills, Ctrl-C, full disk ----------
@@ -436,9 +481,9 @@ def test_ctrl_c_says_how_to_go_on(genius, monkeypatch, capsys):
         return ""
 
     genius.fault = interrupt
-    error = fail(capsys, 130)
-    assert "the same command goes on" in error and "Traceback" not in error
-    assert len(list(CACHE.glob("[0-9]*.json"))) in (3, 4)
+    error = fail(capsys, 130, "--artist", "Tede")
+    assert "continue with: python data_collection.py --delay 0 --artist Tede\n" in error and "Traceback" not in error
+    assert stored() in ([1, 2, 3], [1, 2, 3, 4])
     monkeypatch.setattr(dc, "IN_NOTEBOOK", True)
     assert run() == {}  # a notebook cell goes on
     genius.fault = lambda path, number: ""
@@ -450,7 +495,6 @@ def test_a_full_disk_keeps_the_old_corpus(genius, monkeypatch, capsys):
     run()
     old = CORPUS.read_bytes()
     genius.add_song(7, 2)
-    run("--max_songs", 1)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "tede.txt.tmp")
@@ -458,7 +502,7 @@ def test_a_full_disk_keeps_the_old_corpus(genius, monkeypatch, capsys):
     monkeypatch.setattr(dc.os, "fsync", full)
     error = fail(capsys, 1)
     assert "error: tede.txt.tmp: No space left on device; what was fetched is kept" in error
-    assert CORPUS.read_bytes() == old and not list(Path(".").rglob("*.tmp")) and not (CACHE / "2.json").exists()
+    assert CORPUS.read_bytes() == old and not list(Path(".").rglob("*.tmp")) and stored() == [1, 2]
 
 
 # ---------- Offline, files of others ----------
@@ -471,8 +515,8 @@ def test_offline_needs_neither_network_nor_token(genius, monkeypatch, capsys):
     genius.close()
     CORPUS.unlink()
     assert run("--offline")["songs"] == 7 and CORPUS.read_bytes() == first
-    (CACHE / "3.json").unlink()
-    assert run("--offline", "--artist_id", 7, "--keep_headers")["excluded"] == {"not fetched": 1}
+    ask("UPDATE song SET state = 'wanted', tries = 0 WHERE id = 3")
+    assert run("--offline", "--keep_headers")["excluded"] == {"not fetched": 1}
     error = fail(capsys, 2, "--offline", "--artist", "Inny")
     assert "run without --offline" in error
 
@@ -526,20 +570,22 @@ def test_the_token_is_in_no_traceback(genius, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(dc, "write_json", broken)
+    monkeypatch.setattr(dc, "build", broken)
     with pytest.raises(ZeroDivisionError) as crash:
         run()
     assert TOKEN not in "".join(traceback.format_exception(crash.value))
 
 
 def test_token_sources_and_their_order(genius, monkeypatch):
-    config = dc.Config()
+    def token(*argv):
+        return dc.connect(dc.parse_args(argv)).access_token.removeprefix("Bearer ")
+
     Path(".env").write_text('OTHER=x\nexport GENIUS_ACCESS_TOKEN="from-env-file"\n')
     Path("t.txt").write_text("\ufefffrom-file\r\n", encoding="utf-8")
-    assert dc.find_token(dc.Config(token_file="t.txt")) == "from-file"
-    assert dc.find_token(config) == TOKEN
+    assert token("--token_file", "t.txt") == "from-file"
+    assert token() == TOKEN
     monkeypatch.delenv("GENIUS_ACCESS_TOKEN")
-    assert dc.find_token(config) == "from-env-file"
+    assert token() == "from-env-file"
     Path(".env").write_text("OTHER=x\n# GENIUS_ACCESS_TOKEN=no\n")
     secrets = types.SimpleNamespace(
         SecretNotFoundError=KeyError, NotebookAccessError=PermissionError, get={dc.TOKEN_NAME: "from-colab"}.__getitem__
@@ -547,31 +593,38 @@ def test_token_sources_and_their_order(genius, monkeypatch):
     colab = types.ModuleType("google.colab")
     colab.userdata = secrets
     monkeypatch.setitem(sys.modules, "google.colab", colab)
-    assert dc.find_token(config) == "from-colab"
+    assert token() == "from-colab"
     secrets.get = {}.__getitem__
-    with pytest.raises(dc.UserError, match="genius.com/api-clients"):
-        dc.find_token(config)
+    with pytest.raises(dc.Stop, match="genius.com/api-clients"):
+        token()
 
 
 @pytest.mark.parametrize("token", ["two words", "ąbc", "a\nb"])
 def test_a_token_that_cannot_be_one_is_not_repeated(genius, monkeypatch, capsys, token):
     monkeypatch.setenv("GENIUS_ACCESS_TOKEN", token)
     error = fail(capsys, 2)
-    assert "copy the token again" in error and token not in error and not genius.counts
+    assert "copy it again" in error and token not in error and not genius.counts
 
 
 # ---------- Options ----------
 @pytest.mark.parametrize(
     "argv, words",
-    [(["--token", TOKEN], "shell's history"), ([f"--token={TOKEN}"], "shell's history"), ([TOKEN], "words without"),
-     (["--token_file", TOKEN], "not the token"), (["--max_song", "3"], "no place for --max_song"),
-     (["--max_songs", "0"], "1 or more"), (["--max_songs", "x"], "--max_songs: invalid int"),
+    [(["--token", TOKEN], "shell's history"), ([f"--token={TOKEN}"], "shell's history"), ([TOKEN], "a word"),
+     (["--token_file", TOKEN], "shell's history"), (["--token_file", "no/file"], "not the token"),
+     (["--max_song", "3"], "no place for --max_song"), ([f"--{TOKEN}"], "a word"), ([f"-{TOKEN}"], "a word"),
+     (["--artist", TOKEN], "shell's history"), (["--output", TOKEN], "shell's history"), (["--delay", TOKEN], "--delay"),
+     (["--versions", TOKEN], "--versions"), (["--artist_id", TOKEN], "--artist_id"), (["--offline=" + TOKEN], "--offline"),
+     (["--max_songs", "0"], "1 or more"), (["--max_songs", "x"], "--max_songs"), (["--max_songs", "9" * 20], "1 or more"),
      (["--artist_id", "-1"], "1 or more"), (["--delay", "nan"], "--delay"), (["--delay", "-1"], "--delay"),
      (["--versions", "last"], "--versions"), (["--artist", " "], "--artist is empty"), (["--output", "."], "--output"),
-     (["--artist", "\udcff"], "unprintable"), (["--output", "file/x.txt"], "--output"), (["--output"], "one argument")],
+     (["--artist", ""], "--artist is empty"), (["--artist", "x" * 101], "100 characters"), (["--output", ""], "--output"),
+     (["--artist", "\udcff"], "unprintable"), (["--output", "file/x.txt"], "--output"), (["--output"], "--output"),
+     (["--output", "/dev/null"], "--output"), (["--output", "fifo"], "--output"), (["--output", "x" * 300], "--output"),
+     (["--output", "a\0b"], "--output"), (["--output", "assets/input/tede.sqlite"], "--output")],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(genius, capsys, argv, words):
     Path("file").write_text("x")
+    os.mkfifo("fifo")
     error = fail(capsys, 2, *argv)
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert TOKEN not in error and files() == [Path("file")] and not genius.counts
@@ -580,7 +633,7 @@ def test_bad_input_is_one_line_and_writes_nothing(genius, capsys, argv, words):
 def test_no_token_is_one_line(genius, capsys, monkeypatch):
     monkeypatch.delenv("GENIUS_ACCESS_TOKEN")
     error = fail(capsys, 2)
-    assert error.startswith("error: no Genius access token; get one at https://genius.com/api-clients")
+    assert error.startswith("error: the Genius access token is missing; get one at https://genius.com/api-clients")
     assert error.count("\n") == 1 and not files()
 
 
@@ -589,21 +642,23 @@ def test_a_notebook_kernels_own_arguments_are_ignored(genius, monkeypatch, capsy
     monkeypatch.setattr(dc, "IN_NOTEBOOK", True)
     for args in (["-f", "/tmp/kernel-1.json"], ["--f=/tmp/kernel-1.json"]):
         monkeypatch.setattr(sys, "argv", ["kernel_launcher.py", *args])
-        assert dc.parse_args() == dc.Config()
         assert dc.main()["songs"] == 1
     assert "--artists" in fail(capsys, 2, "--artists", "Tede")
     monkeypatch.setattr(sys, "argv", ["data_collection.py", "--artist", "Inny"])
-    assert dc.parse_args().artist == "Inny"
+    assert "Inny" in capsys.readouterr().err + str(pytest.raises(SystemExit, dc.main).value) + capsys.readouterr().err
     genius.add_song(7, 2)
     genius.fault = lambda path, number: "500" if "song-2" in path else ""
     assert run()["failed"][0]["id"] == 2  # told, but the notebook gets the report
+
+
+OPTIONS = """artist artist_id output token_file include_features versions max_songs keep_headers offline delay""".split()
 
 
 def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit) as stop:
         dc.main(["--help"])
     out = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{name}" in out for name in dc.Config.__dataclass_fields__)
+    assert stop.value.code == 0 and all(f"--{name}" in out for name in OPTIONS)
 
 
 def test_an_ascii_terminal_shows_any_title(genius):
@@ -622,15 +677,15 @@ def test_importing_does_nothing_and_the_script_stands_alone():
     assert out.returncode == 0 and out.stderr == "" and out.stdout.count("\n") == 1
     source = (ROOT / "data_collection.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
-    assert source.count("\n") < 500
+    assert source.count("\n") <= 500
     imported = {n.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
     imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported - sys.stdlib_module_names == {"lyricsgenius", "requests", "urllib3", "tqdm", "google"}
+    assert imported - sys.stdlib_module_names == {"lyricsgenius", "requests", "bs4", "tqdm", "google"}
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in ("mend", "__init__"):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and True:
             assert ast.get_docstring(node), node.name
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 55, node.name
+            assert node.end_lineno - node.lineno < 50, node.name
 
 
 # ---------- Cleaning ----------
@@ -704,7 +759,7 @@ CASES = [
     ("Idę \ud83d dalej", "Idę dalej"),
     ("Idę\r\ndalej\rteraz", "Idę\ndalej\nteraz"),
     ("Idę\u2028dalej\u2029teraz\x0bjuż\x85tu", "Idę\ndalej\nteraz\njuż\ntu"),
-    ("Idę\x1edalej\n\x1eteraz\n\n\x1ejuż", "Idę\ndalej\nteraz\n\njuż"),
+    ("Idę\x1edalej", "Idę\ndalej"),
     # layout
     ("  Idę   dalej  \n\n\n\nTeraz \n", "Idę dalej\n\nTeraz"),
     ("\n \n", ""),
