@@ -21,11 +21,11 @@ import unicodedata
 from collections import Counter
 from contextlib import closing, contextmanager, suppress
 from email.utils import parsedate_to_datetime
+from html import unescape
 from pathlib import Path
 
 import lyricsgenius
 import requests
-from bs4 import BeautifulSoup, ParserRejectedMarkup
 from tqdm.auto import tqdm
 
 ARTIST_NAME = "Tede"  # the default of --artist
@@ -59,7 +59,8 @@ CREATE TABLE written (sha256 TEXT PRIMARY KEY);  -- the files that were made fro
 """
 INSERT_SONG = """INSERT INTO song (id, title, url, lyrics_state, primary_ids, new_page)
 VALUES (:id, :title, :url, :lyrics_state, :primary_ids, :page) ON CONFLICT (id) DO UPDATE SET
-title = :title, url = :url, lyrics_state = :lyrics_state, primary_ids = :primary_ids, new_page = :page"""
+state = iif(url = :url, state, 'wanted'), title = :title, url = :url, lyrics_state = :lyrics_state,
+primary_ids = :primary_ids, new_page = :page"""
 UPDATE_SONG = "UPDATE song SET state = ?, text = ?, tries = tries + 1, time = datetime() WHERE id = ?"
 
 
@@ -85,7 +86,8 @@ def checked_song(entry):
     """An entry of the list as a row of the table; empty without id, title, address or artist."""
     people = dicts(entry.get("primary_artists")) or dicts([entry.get("primary_artist")])
     song = {"lyrics_state": "complete", "url": ""} | checked(entry)  # not told: the page will tell
-    song |= {"lyrics_state": "instrumental"} if entry.get("instrumental") is True else {}
+    if entry.get("instrumental") is True:
+        song["lyrics_state"] = "instrumental"
     song["primary_ids"] = " ".join(str(checked(person).get("id", 0)) for person in people)
     whole = people and song.keys() >= {"id", "title"}
     return song if whole and song["url"].startswith("https://genius.com/") else {}
@@ -102,23 +104,17 @@ def normalized(text: str) -> str:
 
 def find_artist(genius, args):
     """The artist with our id, or the one whose normalized name is ours. Raises Stop with candidates."""
-    if not genius:
-        raise Stop(f"{args.database} holds no songs yet; run without --offline first")
     if args.artist_id:
         answer = dicts([genius.artist(args.artist_id).get("artist")])
         return {"name": f"artist {args.artist_id}", **checked(*answer or [{}]), "id": args.artist_id}
-    found, new, page = {}, {"": ""}, 1  # id -> name, in Genius' order
-    while new and page <= 10 and normalized(args.artist) not in map(normalized, found.values()):
-        try:
-            sections = dicts(genius.search_all(args.artist, per_page=5, page=page).get("sections"))
-        except Trouble as trouble:  # the rest may work
-            hint = "--artist_id NUMBER, from the source of the artist's page: genius://artists/NUMBER"
-            raise Trouble(f"the search failed: {trouble}; give {hint}") from None
+    found, matches, page, more = {}, [], 1, True  # found: id -> name, in Genius' order
+    while more and not matches and page <= 10:
+        sections = dicts(genius.search_all(args.artist, per_page=5, page=page).get("sections"))
         hits = [hit for section in sections for hit in dicts(section.get("hits"))]
         artists = map(checked, dicts([hit.get("result") for hit in hits if hit.get("index") == "artist"]))
-        new = {a["id"]: a["name"] for a in artists if a.keys() >= {"id", "name"} and a["id"] not in found}
-        found, page = found | new, page + 1
-    matches = [i for i in found if normalized(found[i]) == normalized(args.artist)]
+        new = {artist["id"]: artist["name"] for artist in artists if artist.keys() >= {"id", "name"}}
+        found, page, more = found | new, page + 1, new.keys() - found.keys()
+        matches = [i for i in found if normalized(found[i]) == normalized(args.artist)]
     if len(matches) == 1:
         return {"id": matches[0], "name": found[matches[0]]}
     offered = "".join(f"\n  --artist_id {i}  # {found[i]}" for i in matches or found)
@@ -172,9 +168,9 @@ def select(db, args):
     artist = db.execute("SELECT * FROM artist").fetchone()
     chosen, titles, excluded = [], set(), Counter({"odd entries": artist["odd_entries"]})
     for song in db.execute("SELECT * FROM song WHERE page NOT NULL ORDER BY title, id"):
-        title, is_version = normalized(re.sub(VERSION, "", song["title"])), re.search(VERSION, song["title"])
+        title, is_version = re.subn(VERSION, "", song["title"])
         reason = exclusion(song, artist, args.include_features)
-        if not reason and args.versions == "first" and is_version and title in titles:
+        if not reason and args.versions == "first" and is_version and normalized(title) in titles:
             reason = "other versions"  # only if marked as such: two songs may both be called "Intro"
         if not reason and len(chosen) == args.max_songs:
             reason = "beyond --max_songs"
@@ -182,7 +178,7 @@ def select(db, args):
             excluded[reason] += 1
         else:
             chosen.append(song["id"])
-            titles.add(title)
+            titles.add(normalized(title))
     return chosen, +excluded
 
 
@@ -207,39 +203,49 @@ def fetch_songs(genius, db, chosen):
 
 
 # ------------------------------------------------------------------------------------------- a page
-LYRICS = '[data-lyrics-container="true"]'  # as CSS selectors
-NOT_LYRICS = 'script, style, [data-exclude-from-selection="true"], [class*="LyricsHeader"]'
+ELEMENT = re.compile(r"<(/?)([a-zA-Z][^\s<>/]*)([^<>]*)>|<[!?][^<>]*>")  # no parser that a page can slow down
+LYRICS = re.compile(r"""data-lyrics-container\s*=\s*["']?true""")
+NOT_LYRICS = re.compile(r"""data-exclude-from-selection\s*=\s*["']?true|LyricsHeader""")
+BREAKS = {"br": "\n", "p": "\f"} | dict.fromkeys("div li h1 h2 h3 h4 h5 h6".split(), "\v")
 STATE = r"(?s)window\.__PRELOADED_STATE__\s*=\s*JSON\.parse\('((?:[^'\\]|\\.)*+)'\)"
-BLOCKS = ["p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6"]
 
 
 def lyrics_text(html: str) -> str:
     """The text of a page's lyrics containers, without what Genius marks as not part of them."""
-    soup = BeautifulSoup(re.sub(r"\s+", " ", html).replace("<![", "&lt;!["), "html.parser")  # it fails at <![
-    for part in soup.select(NOT_LYRICS):
-        part.decompose()
-    for tag in soup.find_all(["br", *BLOCKS]):
-        mark = {"br": "\n", "p": "\f"}.get(tag.name, "\v")  # a break, an empty line, the begin of a line
-        tag.insert(0, mark)
-        tag.append(mark * (tag.name != "br"))
-    text = "".join(container.get_text() for container in soup.select(LYRICS, limit=100))
+    parts, end = [], 0
+    box, inside, skipped, depth = "", 0, "", 0  # a container, a left out part: the tag, how many are open
+    for tag in ELEMENT.finditer(html):
+        name, step, attributes = (tag[2] or "").lower(), -1 if tag[1] else 1, tag[3] or ""
+        if inside and not depth:  # what stands before this tag is lyrics
+            parts += [unescape(re.sub(r"\s+", " ", html[end : tag.start()])), BREAKS.get(name, "")]
+        end = tag.end()
+        if depth:  # in a script only its end counts
+            depth += step * (name == skipped and (step < 0 or name not in ("script", "style")))
+        elif name in ("script", "style") or NOT_LYRICS.search(attributes):
+            skipped, depth = name, int(name not in ("br", "hr", "img", "input"))  # these have no end
+        elif inside:
+            inside += step * (name == box)
+        elif LYRICS.search(attributes):
+            box, inside = name, 1
+            parts.append("\v")
+    text = "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "ignore")  # no half characters
     text = re.sub(r" ?([\n\v\f]) ?", r"\1", re.sub(" +", " ", text))
-    text = re.sub(r"(?<![\n\v])\v+", "\n", re.sub(r"[\n\v]*+\f[\n\v\f]*", "\n\n", text))
-    text = text.replace("\v", "").strip()
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")  # no half characters
+    text = re.sub(r"[\n\v]*+\f[\n\v\f]*", "\n\n", text)  # \f, a paragraph: an empty line
+    return re.sub(r"(?<![\n\v])\v+", "\n", text).replace("\v", "").strip()  # \v, a block: begins a line
 
 
 def read_page(page: str):
     """("lyrics", the text) or ("none", why there are none). Raises Trouble if a page says neither."""
-    with suppress(ValueError, OverflowError, TypeError, LookupError, RecursionError, ParserRejectedMarkup):
+    with suppress(ValueError, OverflowError, TypeError, LookupError, AttributeError, RecursionError):
         lyrics, words = lyrics_text(page), re.findall(r"LyricsPlaceholder[^<>]*>([^<]*)", page)
         if not lyrics and (state := re.search(STATE, page)):
             data = json.loads(lyricsgenius.utils.decode_js_string(state[1]))["songPage"]["lyricsData"]
             words.append(str(data.get("lyricsPlaceholderReason")))
-            lyrics = lyrics_text(f'<p data-lyrics-container="true">{data["body"]["html"]}')
-        words = " ".join(words)[:200]  # Genius' own
-        if lyrics or re.search("instrumental|transcribed|released", words):
-            return ("lyrics", lyrics) if lyrics else ("none", words)
+            lyrics = lyrics_text('<p data-lyrics-container="true">' + data["body"]["html"] + "</p>")
+        if lyrics:
+            return "lyrics", lyrics
+        if re.search("instrumental|transcribed|released", " ".join(words)):
+            return "none", " ".join(words)[:200]
     raise Trouble("no page with lyrics, nor one that says why there are none")
 
 
@@ -252,7 +258,9 @@ RULES = {  # name -> (pattern, replacement), in this order; each takes time in p
     "invisible marks": (r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f"
                         r"\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff]", ""),
     "typographic spaces": (r"[^\S\n ]", " "),  # tabs, no-break, thin, em... spaces
-    "spaces": (r"(?m)  +|^ +| +$", lambda match: " " * (match[0] == "  ")),
+    "spaces": (r"  +", " "),
+    "ends of lines": (r"(?m)^ +| +$", ""),
+    "empty lines": (r"\A\n+|(?<=\n\n)\n+|\n+\Z", ""),
     "stacked marks": (f"(?<=[{MARKS}]{{4}})[{MARKS}]+", ""),  # to put n of them in order takes n * n steps
     # "12 ContributorsTranslationsEnglishTitle Lyrics", a description that ends in "... Read More"
     "contributor counts": (r"\A\s*\d[\d.,]* Contributors?"
@@ -304,26 +312,24 @@ def clean(text: str, keep_headers: bool = False):
 def build(db, args):
     """The corpus, its songs in the order of their ids, and the report on it."""
     chosen, excluded = select(db, args)
-    corpus, texts, fixed, repeats, failed = [], {}, Counter(), {}, []
+    corpus, texts, fixed, failed = [], {}, Counter(), []
     for song_id in sorted(chosen):
-        song = db.execute("SELECT * FROM song WHERE id = ?", [song_id]).fetchone()
+        song = db.execute("SELECT id, title, url, state, text, tries FROM song WHERE id = ?", [song_id]).fetchone()
         text, counts = clean(song["text"] if song["state"] == "lyrics" else "", args.keep_headers)
         plain = normalized(text)
         if song["state"] == "wanted":
             excluded["not fetched"] += 1
-            if song["tries"]:
-                failed.append({key: song[key] for key in ("id", "title", "url", "text")})
+            failed += [dict(song)] * bool(song["tries"])
         elif plain in ("", "instrumental", "this song is an instrumental"):
             excluded["instrumentals" if "instrumental" in plain + song["text"] else "no lyrics"] += 1
         elif texts.setdefault(plain, song_id) != song_id:
             excluded["repeated songs"] += 1
-            repeats[song_id] = texts[plain]
         else:
             corpus.append(text)
             fixed += counts
     text = f"\n{SEPARATOR}\n".join(corpus) + "\n"
-    report = {"songs": len(corpus), "characters": len(text), "excluded": excluded, "fixed": fixed}
-    return text, report | {"repeats": repeats, "failed": failed}
+    counts = {"songs": len(corpus), "characters": len(text), "excluded": excluded, "fixed": fixed}
+    return text, counts | {"failed": failed}
 
 
 def collect(args):
@@ -338,7 +344,8 @@ def collect(args):
             stopped = str(trouble)
         corpus, report = build(db, args)
         if not report["songs"]:
-            raise Trouble(f"there is no song to write: {stopped or dict(report['excluded'])}")
+            why = stopped or [song["text"] for song in report["failed"][:1]] or dict(report["excluded"])
+            raise Trouble(f"there is no song to write: {why}")
         report["artist_id"], name = db.execute("SELECT id, name FROM artist").fetchone()
         report |= {"artist": name, "output": str(args.output), "stopped": stopped}
         write(db, args.output, corpus)
@@ -347,7 +354,8 @@ def collect(args):
             db.execute("UPDATE artist SET next_page = 1 WHERE ?", [bool(genius and not stopped)])
     print(f"{name}: {report['songs']:,} songs, {report['characters']:,} characters -> {args.output}")
     for kind in ("excluded", "fixed"):
-        print("".join(f"  {kind:8} {count:8,}  {why}\n" for why, count in report[kind].items()), end="")
+        for why, count in report[kind].items():
+            print(f"  {kind:8} {count:8,}  {why}")
     for song in report["failed"][:20]:
         print(f"  lost: {song['title']}: {song['text']} ({song['url']})")
     print(f"next: python gpt.py --input {shlex.quote(str(args.output))}")
@@ -358,6 +366,8 @@ def collect(args):
 TIMEOUT, HOUR = 15.0, 3600.0  # seconds: without an answer; of waiting between two good answers
 RETRIES, BACKOFF = 5, 1.0  # further tries after a fault; seconds before the first, then doubled
 LARGEST = 4_000_000  # bytes of an answer, unpacked
+REFUSED = "Genius refuses (HTTP 403), as it does many data centres: another computer may help"
+SEARCH_HELP = "or, if it is the search, --artist_id NUMBER: the source of the artist's page has genius://artists/NUMBER"
 TOKEN_NAME = "GENIUS_ACCESS_TOKEN"
 TOKEN_HELP = f"get one at https://genius.com/api-clients, then set {TOKEN_NAME} or --token_file FILE"
 
@@ -367,13 +377,13 @@ class PoliteSession(requests.Session):
 
     delay, ready_at, patience = 0.0, 0.0, HOUR
 
-    def request(self, method, url, timeout=TIMEOUT, **kwargs):
+    def request(self, method, url, timeout=None, **kwargs):
         """As in requests, or raises Trouble or Stop, which repeat nothing of what was sent."""
         for backoff in (*(BACKOFF * 2**i for i in range(RETRIES)), 0):
             time.sleep(max(0.0, self.ready_at - time.monotonic()))
             asked = ""
             try:
-                with super().request(method, url, timeout=timeout, stream=True, **kwargs) as response:
+                with super().request(method, url, timeout=timeout or TIMEOUT, stream=True, **kwargs) as response:
                     asked = response.headers.get("Retry-After", "")
                     problem = self.fault(response, is_page=not kwargs)  # a page is asked for as such
             except (requests.RequestException, ValueError, RecursionError) as error:
@@ -393,10 +403,11 @@ class PoliteSession(requests.Session):
             seconds = max(seconds, number or parsedate_to_datetime(asked).timestamp() - time.time())
         seconds = min(seconds, self.patience)
         self.patience -= seconds
-        for left in range(int(seconds), 0, -60) if seconds >= 5 else ():
-            tqdm.write(f"{problem}: waiting {left} s", file=sys.stderr)
-            time.sleep(min(left, 60))
-        time.sleep(seconds % 1 if seconds >= 5 else seconds)
+        while seconds > 0:
+            if seconds >= 5:
+                tqdm.write(f"{problem}: waiting {seconds:.0f} s", file=sys.stderr)
+            time.sleep(min(seconds, 60))
+            seconds -= 60
 
     def fault(self, response, is_page):
         """What is wrong with an answer but may pass, or "". Raises Stop or Trouble if it will not."""
@@ -408,7 +419,7 @@ class PoliteSession(requests.Session):
         if status in (408, 429) or status >= 500:
             return f"HTTP {status}"
         if status != 200:
-            raise Trouble(f"Genius {'refuses' if status == 403 else 'answers'} (HTTP {status})")
+            raise Trouble(f"HTTP {status}" if status != 403 else REFUSED if is_page else f"{REFUSED}; {SEARCH_HELP}")
         for chunk in response.iter_content(8192):
             body += chunk
             if len(body) > LARGEST:
@@ -425,24 +436,24 @@ class PoliteSession(requests.Session):
 def database(args, genius):
     """The artist's database, for this process alone; made if there is none. Raises Stop, Trouble."""
     path, kind = args.database, Stop
+    if args.offline and not path.exists():
+        raise Stop(f"there is no {path} yet; run without --offline first")
     artist = None if path.exists() else find_artist(genius, args)  # first: a wrong name leaves no file
     try:
         with closing(sqlite3.connect(f"{path}.lock", 1)) as lock, closing(sqlite3.connect(path)) as db:
             lock.execute("BEGIN EXCLUSIVE")  # until this process ends, however it ends
             db.row_factory = sqlite3.Row
-            if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
-                db.executescript(f"BEGIN; {SCHEMA}")
+            if genius and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                db.executescript(f"PRAGMA journal_mode = WAL; BEGIN; {SCHEMA}")  # stored with the first page
                 db.execute("INSERT INTO artist (id, name) VALUES (:id, :name)", artist or find_artist(genius, args))
-                db.commit()
             found = db.execute("SELECT id, next_page, odd_entries FROM artist").fetchone()
             if not found or db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("damaged")
             if args.artist_id not in (None, found[0]):
                 raise Stop(f"{path} is of the artist with number {found[0]}; give another --artist name")
-            db.execute("PRAGMA journal_mode = WAL")  # a kill loses nothing that was stored
             kind = Trouble
             yield db
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         why = "another collector uses it; wait until it ends" if "locked" in str(error) else error
         raise kind(f"{path}: {why}; it is left as it is: move it away or repair it") from None
 
@@ -484,7 +495,7 @@ def connect(args):
     if not re.fullmatch("[!-~]+", token):
         raise Stop(f"there is no Genius access token, or it holds odd characters; {TOKEN_HELP}")
     genius = lyricsgenius.Genius(token, timeout=TIMEOUT, sleep_time=0)
-    genius._session.__class__, genius._session.delay = PoliteSession, args.delay
+    genius._session.__class__, genius._session.delay = PoliteSession, args.delay  # in place of its own
     return genius
 
 
@@ -494,7 +505,7 @@ def parse_args(argv):
     def refuse(message):
         """Name the option, if there is one."""
         name = re.findall("--[a-z_]+", message)[:1] or ["a word"]
-        raise Stop(f"{name[0]} does not fit; see --help; a token would stay in the shell's history: {TOKEN_HELP}")
+        raise Stop(f"{name[0]} does not fit, see --help; a token would stay in the shell's history: {TOKEN_HELP}")
 
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.error, add = refuse, parser.add_argument
@@ -524,10 +535,10 @@ def parse_args(argv):
         args.report = args.output.with_suffix(".report.json")
         for path in (args.database, args.output, args.report):
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and not path.is_file() or not os.access(path.parent, os.W_OK):
-                raise OSError
-        if args.output.suffix not in (".sqlite", ".lock"):
-            return args
+            usable = path.is_file() or not path.exists() and str(path).isprintable()
+            if not usable or not os.access(path.parent, os.W_OK) or args.output.suffix in (".sqlite", ".lock"):
+                raise ValueError
+        return args
     raise Stop(f"no file can be made at {args.output} or {args.database}; give another --output")
 
 
@@ -538,13 +549,14 @@ def main(argv=None):
             stream.reconfigure(errors="replace")
     if argv is None:  # a notebook's kernel was started with arguments of its own
         argv = [] if "kernel" in Path(sys.argv[0]).name else sys.argv[1:]
-    kept = f"what was fetched is kept; continue with: python data_collection.py {shlex.join(argv)}"
+    kept = f"what was fetched is kept; continue with: python data_collection.py {shlex.join(argv)}"  # no token in it
     report, status = {}, 1
     try:
         report = collect(parse_args(argv))
         if not report["failed"] and not report["stopped"]:
             return report
-        message = f"error: {report['stopped'] or 'songs are lost, see above'}; {kept}"
+        lost = f"{len(report['failed'])} songs are lost, see above"
+        message = f"error: {report['stopped'] or lost}; {kept}"
     except Stop as stop:
         status, message = 2, f"error: {stop}"
     except (Trouble, OSError) as trouble:

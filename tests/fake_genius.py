@@ -3,6 +3,7 @@
 python tests/fake_genius.py URL --artist "Tede"    # the collector as a process, against that server
 """
 
+import gzip
 import json
 import random
 import socket
@@ -19,6 +20,24 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TOKEN = "T0kenThatMustNotShowUpAnywhere-42"
 SYLLABLES = "ba ko le mi ru szo ża ćwi dło trzą nę wę śli źre gó fa pło cha dze nia".split()
+CONSENT = b"<!DOCTYPE html><html><head><title>Before you continue</title></head><body>We use cookies</body></html>"
+ODD_ANSWERS = {  # name -> what is sent instead of the answer, with status 200
+    "empty": b"",
+    "html": CONSENT,
+    "captcha": b"<html><head><title>Just a moment...</title></head><body>Are you a robot?</body></html>",
+    "no containers": b'<html><body><div class="NewLayout">Wers<br>Wers</div></body></html>',
+    "empty container": b'<html><body><div data-lyrics-container="true"></div></body></html>',
+    "odd state": b"<html><script>window.__PRELOADED_STATE__ = JSON.parse('{\"songPage\": [1, {}]}');</script></html>",
+    "null": b"null",
+    "number": b"17",
+    "list": b'[{"response": {}}]',
+    "no response": b'{"meta": {"status": 200}, "error": "maintenance"}',
+    "wrong types": b'{"response": {"songs": "many", "sections": 3, "artist": [], "next_page": "2"}}',
+    "nulls": b'{"response": {"songs": [null, {"id": null}], "sections": [null], "artist": null, "next_page": true}}',
+    "deep": b'{"response": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "digits": b'{"response": {"songs": [], "next_page": ' + b"9" * 5000 + b"}}",
+    "binary": bytes(range(256)) * 20,
+}
 PASSING_FAULTS = ("429", "500", "502", "503", "504", "slow", "reset", "cut", "broken")
 
 
@@ -151,6 +170,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(int(fault), sent, **({"Retry_After": fake.retry_after} if fault == "429" else {}))
         if path.startswith("/v1/") and self.headers["authorization"] != f"Bearer {TOKEN}":
             return self.send(401, {"error": "invalid_token"})
+        if fault in ODD_ANSWERS:
+            return self.send(200, ODD_ANSWERS[fault], "text/html" if fault in ("html", "captcha") else "application/json")
+        if fault == "bomb":  # 0.4 MB that unpack to 400
+            return self.send(200, gzip.compress(bytes(400_000_000), 9), Content_Encoding="gzip")
+        if fault == "no gzip":
+            return self.send(200, b"these bytes are no gzip", Content_Encoding="gzip")
         kind, body = self.answer(path, query)
         if body is None:
             return self.send(404, {"meta": {"status": 404}})
