@@ -1,11 +1,12 @@
-"""Stage 0: collect the lyrics of one artist from Genius into a clean text file, the corpus of the other stages.
+"""Stage 0: collect the lyrics of one artist from Genius into a clean text file, for the other stages.
 
-    python data_collection.py --artist "Tede"              # -> assets/input/tede.txt and tede.report.json
-    python data_collection.py --artist "Tede" --offline    # build the corpus again: no network, no token
+    python data_collection.py --artist "Tede"              # -> assets/input/tede.txt, tede.report.json
+    python data_collection.py --artist "Tede" --offline    # build the corpus again: without network
 
 In a Colab cell:  import data_collection; data_collection.main(["--artist", "Tede"])
-It needs a free token (https://genius.com/api-clients): in the variable GENIUS_ACCESS_TOKEN, in .env, in Colab's secrets
-or in --token_file. Songs are stored in assets/input/tede.sqlite as they come: the same command continues after a crash.
+It needs a free token (https://genius.com/api-clients): in the variable GENIUS_ACCESS_TOKEN, in .env, in
+Colab's secrets or in --token_file. Songs are stored in assets/input/tede.sqlite as they come: after a
+crash, a kill or a block the same command continues. 1,000 songs take about ten minutes.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 ARTIST_NAME = "Tede"  # the default of --artist
 FOLDER = Path("assets/input")  # where the files go
 SEPARATOR = "<|endoftext|>"  # alone on a line between two songs
-GIVE_UP = 5  # songs in a row that do not come: Genius blocks us
+GIVE_UP = 5  # songs in a row that do not come
 IN_NOTEBOOK = "ipykernel" in sys.modules  # a Jupyter or Colab kernel
 
 
@@ -61,6 +62,7 @@ INSERT_SONG = """INSERT INTO song (id, title, url, lyrics_state, primary_ids, ne
 VALUES (:id, :title, :url, :lyrics_state, :primary_ids, :page) ON CONFLICT (id) DO UPDATE SET
 state = iif(url = :url, state, 'wanted'), title = :title, url = :url, lyrics_state = :lyrics_state,
 primary_ids = :primary_ids, new_page = :page"""
+SELECT_SONG = "SELECT id, title, url, state, text, tries FROM song WHERE id = ?"
 UPDATE_SONG = "UPDATE song SET state = ?, text = ?, tries = tries + 1, time = datetime() WHERE id = ?"
 
 
@@ -75,9 +77,9 @@ def checked(thing):
     kept = {}
     for key in ("name", "title", "url", "lyrics_state"):
         text = thing[key] if isinstance(thing.get(key), str) else ""
-        text = "".join(c if c.isprintable() else " " * c.isspace() for c in text)  # no terminal escapes
+        text = "".join(c if c.isprintable() else " " * c.isspace() for c in text)  # no escapes
         kept[key] = " ".join(text.split())[:300]  # one line
-    if type(thing.get("id")) is int and 0 < thing["id"] < 2**53:  # what JSON and the database can hold
+    if type(thing.get("id")) is int and 0 < thing["id"] < 2**53:  # True is no number here
         kept["id"] = thing["id"]
     return {key: value for key, value in kept.items() if value}
 
@@ -103,7 +105,7 @@ def normalized(text: str) -> str:
 
 
 def find_artist(genius, args):
-    """The artist with our id, or the one whose normalized name is ours. Raises Stop with candidates."""
+    """The artist with our id, or the one whose name is ours, normalized. Raises Stop with candidates."""
     if args.artist_id:
         answer = dicts([genius.artist(args.artist_id).get("artist")])
         return {"name": f"artist {args.artist_id}", **checked(*answer or [{}]), "id": args.artist_id}
@@ -111,8 +113,9 @@ def find_artist(genius, args):
     while more and not matches and page <= 10:
         sections = dicts(genius.search_all(args.artist, per_page=5, page=page).get("sections"))
         hits = [hit for section in sections for hit in dicts(section.get("hits"))]
-        artists = map(checked, dicts([hit.get("result") for hit in hits if hit.get("index") == "artist"]))
-        new = {artist["id"]: artist["name"] for artist in artists if artist.keys() >= {"id", "name"}}
+        results = [hit.get("result") for hit in hits if hit.get("index") == "artist"]
+        whole = [artist for artist in map(checked, dicts(results)) if artist.keys() >= {"id", "name"}]
+        new = {artist["id"]: artist["name"] for artist in whole}
         found, page, more = found | new, page + 1, new.keys() - found.keys()
         matches = [i for i in found if normalized(found[i]) == normalized(args.artist)]
     if len(matches) == 1:
@@ -125,9 +128,9 @@ def find_artist(genius, args):
 # -------------------------------------------------------------------------------------------- songs
 TITLE_RULES = {  # why a song is left out; "Credits" may be one, but not "Album (Credits)"
     "translations": r"[(\[][^()\[\]]*(translat|tłumacz|traduc|traduç|traduz|übersetz|перевод|çeviri|översätt|romaniz)",
-    "annotation pages": r"\b(track ?lista?|album art(work)?|liner notes)\b| discography$| [-–] credits$"
-    r"|[(\[][^()\[\]]*(credits|interview|wywiad|booklet|setlist)",
-    "instrumentals": r"[(\[][^()\[\]]*\binstrumental",
+    "annotation pages": r"\b(track ?lista?|album art(work)?|liner notes)\b"  # anywhere in the title
+    r"| discography$| [-–] credits$|[(\[][^()\[\]]*(credits|interview|wywiad|booklet|setlist)",
+    "instrumentals": r"[(\[][^()\[\]]*\binstrumental",  # in brackets
 }
 TAG = r"\b(remix|rmx|live|na żywo|acoustic|akustyczn\w*|unplugged|demo|edit|extended|remaster\w*|mix|version|wersja)\b"
 VERSION = rf"(?i) ?[(\[][^()\[\]]*{TAG}[^()\[\]]*[)\]]| - [^-]*{TAG}.*$| (remix|rmx)$"
@@ -139,9 +142,9 @@ def list_songs(genius, db):
     while page:
         answer = genius.artist_songs(artist_id, per_page=50, page=page, sort="title")
         entries, following = answer.get("songs"), answer.get("next_page", 0)
-        fits = following is None or type(following) is int and page < following <= 2000
+        fits = following is None or type(following) is int and page < following <= 2000  # 100,000 songs
         if not fits or not isinstance(entries, list):
-            raise Trouble(f"page {page} of the list of songs is not what it should be")
+            raise Trouble(f"page {page} of the list is not what it should be")
         songs = [song | {"page": page} for song in map(checked_song, dicts(entries)) if song]
         odd = len(entries) - len(songs) + (odd if page > 1 else 0)
         with db:  # one transaction: the songs of the page and our place in the list
@@ -171,7 +174,7 @@ def select(db, args):
         title, is_version = re.subn(VERSION, "", song["title"])
         reason = exclusion(song, artist, args.include_features)
         if not reason and args.versions == "first" and is_version and normalized(title) in titles:
-            reason = "other versions"  # only if marked as such: two songs may both be called "Intro"
+            reason = "other versions"  # if marked as such: two songs may be called "Intro"
         if not reason and len(chosen) == args.max_songs:
             reason = "beyond --max_songs"
         if reason:
@@ -183,7 +186,7 @@ def select(db, args):
 
 
 def fetch_songs(genius, db, chosen):
-    """Ask for the page of each chosen song that is still wanted. Raises Trouble when nothing comes."""
+    """Ask for the page of each chosen song that is still wanted. Raises Trouble if nothing comes."""
     tries = dict(db.execute("SELECT id, tries FROM song WHERE state = 'wanted'").fetchall())
     wanted = sorted((i for i in chosen if i in tries), key=tries.get)  # what failed comes last
     often = 0.1 if sys.stderr.isatty() or IN_NOTEBOOK else 30  # seconds between pictures of the bar
@@ -192,19 +195,19 @@ def fetch_songs(genius, db, chosen):
         title, url = db.execute("SELECT title, url FROM song WHERE id = ?", [song_id]).fetchone()
         bar.set_postfix_str(title[:40], refresh=False)
         try:
-            page = genius._session.request("GET", url.replace("https://genius.com/", genius.WEB_ROOT))
-            (state, text), failures = read_page(page.text), 0
+            url = url.replace("https://genius.com/", genius.WEB_ROOT)
+            (state, text), failures = read_page(genius._session.request("GET", url).text), 0
         except Trouble as trouble:
             state, text, failures = "wanted", str(trouble), failures + 1
         with db:  # one transaction a song
             db.execute(UPDATE_SONG, [state, text, song_id])
         if failures == GIVE_UP:
-            raise Trouble(f"{text}, {GIVE_UP} songs in a row: it seems that Genius blocks this address")
+            raise Trouble(f"{text}, {GIVE_UP} songs in a row: it seems that Genius blocks us")
 
 
 # ------------------------------------------------------------------------------------------- a page
-ELEMENT = re.compile(r"<(/?)([a-zA-Z][^\s<>/]*)([^<>]*)>|<[!?][^<>]*>")  # no parser that a page can slow down
-LYRICS = re.compile(r"""data-lyrics-container\s*=\s*["']?true""")
+ELEMENT = re.compile(r"<(/?)([a-zA-Z][^\s<>/]*)([^<>]*)>|<[!?][^<>]*>")  # no page can slow it down
+LYRICS = re.compile(r"""data-lyrics-container\s*=\s*["']?true""")  # an attribute
 NOT_LYRICS = re.compile(r"""data-exclude-from-selection\s*=\s*["']?true|LyricsHeader""")
 BREAKS = {"br": "\n", "p": "\f"} | dict.fromkeys("div li h1 h2 h3 h4 h5 h6".split(), "\v")
 STATE = r"(?s)window\.__PRELOADED_STATE__\s*=\s*JSON\.parse\('((?:[^'\\]|\\.)*+)'\)"
@@ -213,8 +216,8 @@ STATE = r"(?s)window\.__PRELOADED_STATE__\s*=\s*JSON\.parse\('((?:[^'\\]|\\.)*+)
 def lyrics_text(html: str) -> str:
     """The text of a page's lyrics containers, without what Genius marks as not part of them."""
     parts, end = [], 0
-    box, inside, skipped, depth = "", 0, "", 0  # a container, a left out part: the tag, how many are open
-    for tag in ELEMENT.finditer(html):
+    box, inside, skipped, depth = "", 0, "", 0  # a container, a skipped part: tag, how many open
+    for tag in ELEMENT.finditer(html):  # no tree: a page may nest 100,000 elements
         name, step, attributes = (tag[2] or "").lower(), -1 if tag[1] else 1, tag[3] or ""
         if inside and not depth:  # what stands before this tag is lyrics
             parts += [unescape(re.sub(r"\s+", " ", html[end : tag.start()])), BREAKS.get(name, "")]
@@ -222,29 +225,30 @@ def lyrics_text(html: str) -> str:
         if depth:  # in a script only its end counts
             depth += step * (name == skipped and (step < 0 or name not in ("script", "style")))
         elif name in ("script", "style") or NOT_LYRICS.search(attributes):
-            skipped, depth = name, int(name not in ("br", "hr", "img", "input"))  # these have no end
+            skipped, depth = name, int(name not in ("br", "hr", "img", "input"))  # have no end
         elif inside:
             inside += step * (name == box)
         elif LYRICS.search(attributes):
             box, inside = name, 1
             parts.append("\v")
-    text = "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "ignore")  # no half characters
+    text = "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "ignore")  # whole characters
     text = re.sub(r" ?([\n\v\f]) ?", r"\1", re.sub(" +", " ", text))
     text = re.sub(r"[\n\v]*+\f[\n\v\f]*", "\n\n", text)  # \f, a paragraph: an empty line
-    return re.sub(r"(?<![\n\v])\v+", "\n", text).replace("\v", "").strip()  # \v, a block: begins a line
+    return re.sub(r"(?<![\n\v])\v+", "\n", text).replace("\v", "").strip()  # \v: a new line
 
 
 def read_page(page: str):
-    """("lyrics", the text) or ("none", why there are none). Raises Trouble if a page says neither."""
+    """("lyrics", the text) or ("none", why there are none). Raises Trouble if the page says neither."""
     with suppress(ValueError, OverflowError, TypeError, LookupError, AttributeError, RecursionError):
         lyrics, words = lyrics_text(page), re.findall(r"LyricsPlaceholder[^<>]*>([^<]*)", page)
         if not lyrics and (state := re.search(STATE, page)):
-            data = json.loads(lyricsgenius.utils.decode_js_string(state[1]))["songPage"]["lyricsData"]
+            state = json.loads(lyricsgenius.utils.decode_js_string(state[1]))
+            data = state["songPage"]["lyricsData"]
             words.append(str(data.get("lyricsPlaceholderReason")))
             lyrics = lyrics_text('<p data-lyrics-container="true">' + data["body"]["html"] + "</p>")
         if lyrics:
             return "lyrics", lyrics
-        if re.search("instrumental|transcribed|released", " ".join(words)):
+        if re.search("instrumental|transcribed|released", " ".join(words)):  # Genius' own word
             return "none", " ".join(words)[:200]
     raise Trouble("no page with lyrics, nor one that says why there are none")
 
@@ -252,7 +256,7 @@ def read_page(page: str):
 # ----------------------------------------------------------------------------------------- cleaning
 SECTION = r"(?i:zwrotk|refren|ref\b|intro|outro|verse|chorus|hook|pre-|bridge|interlud|skit|część|part\b|cuty|tekst)"
 MARKS = "\u0300-\u036f\u0483-\u0489\u0591-\u05c7\u0610-\u065f\u0e31-\u0e4e\u1dc0-\u1dff\u20d0-\u20ff"
-RULES = {  # name -> (pattern, replacement), in this order; each takes time in proportion to the text
+RULES = {  # name -> (pattern, replacement), in this order; the time of each grows with the text only
     "line ends": (r"\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]", "\n"),  # Windows', old Mac's, Unicode's
     # control characters, soft hyphens, zero-width and bidi marks, lone surrogates
     "invisible marks": (r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f"
@@ -261,7 +265,7 @@ RULES = {  # name -> (pattern, replacement), in this order; each takes time in p
     "spaces": (r"  +", " "),
     "ends of lines": (r"(?m)^ +| +$", ""),
     "empty lines": (r"\A\n+|(?<=\n\n)\n+|\n+\Z", ""),
-    "stacked marks": (f"(?<=[{MARKS}]{{4}})[{MARKS}]+", ""),  # to put n of them in order takes n * n steps
+    "stacked marks": (f"(?<=[{MARKS}]{{4}})[{MARKS}]+", ""),  # to order n takes n * n steps
     # "12 ContributorsTranslationsEnglishTitle Lyrics", a description that ends in "... Read More"
     "contributor counts": (r"\A\s*\d[\d.,]* Contributors?"
                            r"([^\n]{0,300}? Lyrics((?s:.{0,5000}?)(…|\.{3}) ?Read More)?)?", ""),
@@ -282,7 +286,7 @@ LOOK_ALIKES = str.maketrans("АВЕІКМНОРСТУХаеіјкорсухΑΒ�
 
 
 def mend_word(match) -> str:
-    """Cyrillic and Greek look-alikes to Latin in a word whose other letters, half or more, are Latin."""
+    """Cyrillic and Greek look-alikes to Latin in a word whose other letters, at least half, are Latin."""
     word = match[0].translate(LOOK_ALIKES)
     if word == match[0] or 2 * sum(map(str.__ne__, word, match[0])) > len(word):
         return match[0]
@@ -291,9 +295,9 @@ def mend_word(match) -> str:
 
 
 def clean(text: str, keep_headers: bool = False):
-    """Lyrics as a person wrote them, and how often each rule applied. Cleaning again changes nothing."""
+    """Lyrics as a person wrote them, and how often each rule applied. Again, it changes nothing."""
     fixed = Counter()
-    for _ in range(20):  # one rule may uncover work for another; what needs more rounds is no lyric
+    for _ in range(20):  # one rule may uncover work for another; what needs more is no lyric
         before = text
         for name, (pattern, replacement) in RULES.items():
             if not (keep_headers and name == "section headers"):
@@ -314,18 +318,18 @@ def build(db, args):
     chosen, excluded = select(db, args)
     corpus, texts, fixed, failed = [], {}, Counter(), []
     for song_id in sorted(chosen):
-        song = db.execute("SELECT id, title, url, state, text, tries FROM song WHERE id = ?", [song_id]).fetchone()
+        song = db.execute(SELECT_SONG, [song_id]).fetchone()
         text, counts = clean(song["text"] if song["state"] == "lyrics" else "", args.keep_headers)
         plain = normalized(text)
         if song["state"] == "wanted":
             excluded["not fetched"] += 1
-            failed += [dict(song)] * bool(song["tries"])
+            failed += [dict(song)] * bool(song["tries"])  # with what went wrong
         elif plain in ("", "instrumental", "this song is an instrumental"):
-            excluded["instrumentals" if "instrumental" in plain + song["text"] else "no lyrics"] += 1
+            excluded["instrumentals" if "instrumental" in song["text"].lower() else "no lyrics"] += 1
         elif texts.setdefault(plain, song_id) != song_id:
             excluded["repeated songs"] += 1
         else:
-            corpus.append(text)
+            corpus.append(text)  # in memory: a megabyte for 500 songs
             fixed += counts
     text = f"\n{SEPARATOR}\n".join(corpus) + "\n"
     counts = {"songs": len(corpus), "characters": len(text), "excluded": excluded, "fixed": fixed}
@@ -344,15 +348,17 @@ def collect(args):
             stopped = str(trouble)
         corpus, report = build(db, args)
         if not report["songs"]:
-            why = stopped or [song["text"] for song in report["failed"][:1]] or dict(report["excluded"])
-            raise Trouble(f"there is no song to write: {why}")
+            problems = [song["text"] for song in report["failed"]] or [dict(report["excluded"])]
+            raise Trouble(f"there is no song to write: {stopped or problems[0]}")
         report["artist_id"], name = db.execute("SELECT id, name FROM artist").fetchone()
         report |= {"artist": name, "output": str(args.output), "stopped": stopped}
         write(db, args.output, corpus)
         write(db, args.report, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
         with db:  # after a whole run the next one looks for new songs
             db.execute("UPDATE artist SET next_page = 1 WHERE ?", [bool(genius and not stopped)])
-    print(f"{name}: {report['songs']:,} songs, {report['characters']:,} characters -> {args.output}")
+    if (FOLDER / ".genius").is_dir():  # it is left as it is
+        print(f"{FOLDER / '.genius'} holds songs of an earlier version: they are no longer read")
+    print(f"{name}: {report['songs']:,} songs, {len(corpus):,} characters -> {args.output}")
     for kind in ("excluded", "fixed"):
         for why, count in report[kind].items():
             print(f"  {kind:8} {count:8,}  {why}")
@@ -366,10 +372,10 @@ def collect(args):
 TIMEOUT, HOUR = 15.0, 3600.0  # seconds: without an answer; of waiting between two good answers
 RETRIES, BACKOFF = 5, 1.0  # further tries after a fault; seconds before the first, then doubled
 LARGEST = 4_000_000  # bytes of an answer, unpacked
-REFUSED = "Genius refuses (HTTP 403), as it does many data centres: another computer may help"
-SEARCH_HELP = "or, if it is the search, --artist_id NUMBER: the source of the artist's page has genius://artists/NUMBER"
 TOKEN_NAME = "GENIUS_ACCESS_TOKEN"
 TOKEN_HELP = f"get one at https://genius.com/api-clients, then set {TOKEN_NAME} or --token_file FILE"
+SEARCH_HELP = "; if it is the search: give --artist_id, from genius://artists/ID in the artist's page's source"
+REFUSED = "Genius refuses (HTTP 403), as it does many data centres: another computer may help"
 
 
 class PoliteSession(requests.Session):
@@ -377,15 +383,17 @@ class PoliteSession(requests.Session):
 
     delay, ready_at, patience = 0.0, 0.0, HOUR
 
-    def request(self, method, url, timeout=None, **kwargs):
+    def request(self, method, url, **kwargs):
         """As in requests, or raises Trouble or Stop, which repeat nothing of what was sent."""
+        is_page = "params" not in kwargs  # lyricsgenius asks for JSON, and with parameters
         for backoff in (*(BACKOFF * 2**i for i in range(RETRIES)), 0):
             time.sleep(max(0.0, self.ready_at - time.monotonic()))
             asked = ""
             try:
-                with super().request(method, url, timeout=timeout or TIMEOUT, stream=True, **kwargs) as response:
+                kwargs |= {"timeout": TIMEOUT, "stream": True}  # read no more than LARGEST
+                with super().request(method, url, **kwargs) as response:
                     asked = response.headers.get("Retry-After", "")
-                    problem = self.fault(response, is_page=not kwargs)  # a page is asked for as such
+                    problem = self.fault(response, is_page)
             except (requests.RequestException, ValueError, RecursionError) as error:
                 problem = type(error).__name__
             self.ready_at = time.monotonic() + self.delay
@@ -410,16 +418,16 @@ class PoliteSession(requests.Session):
             seconds -= 60
 
     def fault(self, response, is_page):
-        """What is wrong with an answer but may pass, or "". Raises Stop or Trouble if it will not."""
+        """What is wrong with an answer but may pass, or "". Raises Stop, Trouble if it will not."""
         status, body = response.status_code, bytearray()
         if status == 401:
             raise Stop(f"Genius does not accept this token (HTTP 401); {TOKEN_HELP}")
         if status == 404 and not is_page:
-            raise Stop("Genius has no artist with this number (HTTP 404); search with --artist NAME")
+            raise Stop("Genius has no artist with this id (HTTP 404); search with --artist NAME")
         if status in (408, 429) or status >= 500:
             return f"HTTP {status}"
         if status != 200:
-            raise Trouble(f"HTTP {status}" if status != 403 else REFUSED if is_page else f"{REFUSED}; {SEARCH_HELP}")
+            raise Trouble(f"HTTP {status}" if status != 403 else REFUSED + SEARCH_HELP * (not is_page))
         for chunk in response.iter_content(8192):
             body += chunk
             if len(body) > LARGEST:
@@ -428,29 +436,33 @@ class PoliteSession(requests.Session):
         if is_page:
             return "" if "</html>" in response.text else "half a page"
         answer = json.loads(body)
-        response.json = lambda: answer
-        return "" if isinstance(answer, dict) and isinstance(answer.get("response"), dict) else "odd JSON"
+        response.json = lambda: answer  # read once: what is nested too deep has raised an error by now
+        sound = isinstance(answer, dict) and isinstance(answer.get("response"), dict)
+        return "" if sound else "odd JSON"
 
 
 @contextmanager
 def database(args, genius):
-    """The artist's database, for this process alone; made if there is none. Raises Stop, Trouble."""
+    """The artist's database, for this process alone; made if there is none. Raises Stop or Trouble."""
     path, kind = args.database, Stop
     if args.offline and not path.exists():
         raise Stop(f"there is no {path} yet; run without --offline first")
-    artist = None if path.exists() else find_artist(genius, args)  # first: a wrong name leaves no file
+    artist = None if path.exists() else find_artist(genius, args)  # a wrong name leaves no file
     try:
-        with closing(sqlite3.connect(f"{path}.lock", 1)) as lock, closing(sqlite3.connect(path)) as db:
+        lock, db = sqlite3.connect(f"{path}.lock", timeout=1), sqlite3.connect(path)
+        with closing(lock), closing(db):
             lock.execute("BEGIN EXCLUSIVE")  # until this process ends, however it ends
             db.row_factory = sqlite3.Row
             if genius and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
-                db.executescript(f"PRAGMA journal_mode = WAL; BEGIN; {SCHEMA}")  # stored with the first page
-                db.execute("INSERT INTO artist (id, name) VALUES (:id, :name)", artist or find_artist(genius, args))
+                artist = artist or find_artist(genius, args)
+                db.executescript(f"PRAGMA journal_mode = WAL; BEGIN; {SCHEMA}")
+                db.execute("INSERT INTO artist (id, name) VALUES (:id, :name)", artist)  # not yet stored:
+                # it is with the first page of the list, so that a wrong id is forgotten
             found = db.execute("SELECT id, next_page, odd_entries FROM artist").fetchone()
             if not found or db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("damaged")
             if args.artist_id not in (None, found[0]):
-                raise Stop(f"{path} is of the artist with number {found[0]}; give another --artist name")
+                raise Stop(f"{path} is of artist {found[0]}; give another --artist name")
             kind = Trouble
             yield db
     except (sqlite3.Error, UnicodeDecodeError) as error:
@@ -467,7 +479,8 @@ def write(db, path, text):
             file.flush()
             os.fsync(file.fileno())
         with db:
-            db.execute("INSERT OR IGNORE INTO written VALUES (?)", [hashlib.sha256(data).hexdigest()])
+            new = hashlib.sha256(data).hexdigest()
+            db.execute("INSERT OR IGNORE INTO written VALUES (?)", [new])
         old = hashlib.sha256(path.read_bytes() if path.exists() else data).hexdigest()
         if not db.execute("SELECT 1 FROM written WHERE sha256 = ?", [old]).fetchone():
             aside = path.rename(f"{path}.previous-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -478,15 +491,16 @@ def write(db, path, text):
 
 
 def connect(args):
-    """The Genius client, with the token from the first place that holds one, alone or as NAME=token."""
-    line, text = rf"(?m)^\s*(?:export\s+)?{TOKEN_NAME}\s*=(.*)", os.environ.get(TOKEN_NAME, "").strip()
+    """The Genius client, with the token from the first place that has one, alone or as NAME=token."""
+    line = rf"(?m)^\s*(?:export\s+)?{TOKEN_NAME}\s*=(.*)"
+    text = os.environ.get(TOKEN_NAME, "").strip()
     try:
         if args.token_file:
             text = Path(args.token_file).read_text("utf-8-sig", "replace")
         elif not text and Path(".env").is_file():
             text = "".join(re.findall(line, Path(".env").read_text("utf-8-sig", "replace"))[:1])
     except (OSError, ValueError):  # the value is not repeated: it may be the token itself
-        raise Stop("--token_file can't be read; it takes the name of a file, not the token") from None
+        raise Stop("--token_file can't be read; it takes a file's name, not the token") from None
     if not text and "google.colab" in sys.modules:  # inside a Colab cell
         from google.colab import userdata
         with suppress(userdata.SecretNotFoundError, userdata.NotebookAccessError):
@@ -495,7 +509,8 @@ def connect(args):
     if not re.fullmatch("[!-~]+", token):
         raise Stop(f"there is no Genius access token, or it holds odd characters; {TOKEN_HELP}")
     genius = lyricsgenius.Genius(token, timeout=TIMEOUT, sleep_time=0)
-    genius._session.__class__, genius._session.delay = PoliteSession, args.delay  # in place of its own
+    headers, genius._session = genius._session.headers, PoliteSession()  # in place of its own
+    genius._session.headers, genius._session.delay = headers, args.delay
     return genius
 
 
@@ -505,51 +520,54 @@ def parse_args(argv):
     def refuse(message):
         """Name the option, if there is one."""
         name = re.findall("--[a-z_]+", message)[:1] or ["a word"]
-        raise Stop(f"{name[0]} does not fit, see --help; a token would stay in the shell's history: {TOKEN_HELP}")
+        hint = f"a token would stay in the shell's history: {TOKEN_HELP}"
+        raise Stop(f"{name[0]} does not fit, see --help; {hint}")
 
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.error, add = refuse, parser.add_argument
-    add("--artist", help=f"name of the artist; case and diacritics do not matter (default: {ARTIST_NAME})")
-    add("--artist_id", type=int, help="Genius number of the artist; --artist then only names the files")
+    add("--artist", help=f"name; case and diacritics do not matter (default: {ARTIST_NAME})")
+    add("--artist_id", type=int, help="Genius id of the artist; --artist then only names the files")
     add("--output", type=Path, help=f"corpus file (default: {FOLDER}/<artist>.txt)")
     add("--token_file", help="file that holds the Genius access token")
     add("--include_features", action="store_true", help="also songs that only feature the artist")
     add("--versions", default="all", choices=("all", "first"), help="of remixes, live versions...")
     add("--max_songs", type=int, help="at most that many songs, the first by title")
     add("--keep_headers", action="store_true", help="keep section headers such as [Refren]")
-    add("--offline", action="store_true", help="build the corpus from the database, without network")
+    add("--offline", action="store_true", help="build the corpus from the database alone")
     add("--delay", type=float, default=0.5, help="seconds between two requests (default: 0.5)")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         is_token = re.fullmatch(r"(?=.*\d)(?=.*[a-z])(?=.*[A-Z])[\w-]{30,}", str(value))
-        if is_token or type(value) is int and not 0 < value < 2**53 or name == "delay" and not 0 <= value <= 3600:
+        is_odd = type(value) is int and not 0 < value < 2**53
+        if is_token or is_odd or name == "delay" and not 0 <= value <= 3600:
             refuse(f"--{name}")
     if args.artist is None and not args.artist_id:
         args.artist = ARTIST_NAME
     name = f"artist-{args.artist_id}" if args.artist is None else normalized(args.artist)
     if not 0 < len(name) <= 100 or not name.isprintable():
         refuse("--artist")
-    name = re.sub(r"[^\w -]", lambda match: f"%{ord(match[0])}", name).replace(" ", "_")  # one name, one file
+    name = re.sub(r"[^\w -]", lambda match: f"%{ord(match[0])}", name).replace(" ", "_")  # unmistakable
     args.database, args.output = FOLDER / f"{name}.sqlite", args.output or FOLDER / f"{name}.txt"
     with suppress(OSError, ValueError):  # a name that no file can have
         args.report = args.output.with_suffix(".report.json")
         for path in (args.database, args.output, args.report):
             path.parent.mkdir(parents=True, exist_ok=True)
-            usable = path.is_file() or not path.exists() and str(path).isprintable()
-            if not usable or not os.access(path.parent, os.W_OK) or args.output.suffix in (".sqlite", ".lock"):
+            usable = path.is_file() or not path.exists() and str(path).isprintable()  # no device, no folder
+            if not (usable and os.access(path.parent, os.W_OK)) or args.output.suffix in (".sqlite", ".lock"):
                 raise ValueError
         return args
     raise Stop(f"no file can be made at {args.output} or {args.database}; give another --output")
 
 
 def main(argv=None):
-    """Run the collector; returns the report. Ends with SystemExit: 2 bad input, 1 trouble, 130 Ctrl-C."""
+    """Run the collector; returns the report, or ends with a status: 2 bad input, 1 trouble, 130 Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a title must not break a terminal that is not UTF-8
             stream.reconfigure(errors="replace")
     if argv is None:  # a notebook's kernel was started with arguments of its own
         argv = [] if "kernel" in Path(sys.argv[0]).name else sys.argv[1:]
-    kept = f"what was fetched is kept; continue with: python data_collection.py {shlex.join(argv)}"  # no token in it
+    again = f"python data_collection.py {shlex.join(map(str, argv))}"
+    kept = f"what was fetched is kept; continue with: {again}"
     report, status = {}, 1
     try:
         report = collect(parse_args(argv))

@@ -3,6 +3,7 @@
 python tests/fake_genius.py URL --artist "Tede"    # the collector as a process, against that server
 """
 
+import functools
 import gzip
 import json
 import random
@@ -55,6 +56,12 @@ def invented(seed, stanzas=3, lines=4):
         "\n".join([f"[{'Refren' if i % 2 else 'Zwrotka'} {i + 1}]", *(line() for _ in range(lines))])
         for i in range(stanzas)
     )
+
+
+@functools.cache
+def bomb():
+    """0.4 MB that unpack to 400."""
+    return gzip.compress(bytes(400_000_000), 6)
 
 
 def page_html(lyrics, form, padding=""):
@@ -172,8 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(401, {"error": "invalid_token"})
         if fault in ODD_ANSWERS:
             return self.send(200, ODD_ANSWERS[fault], "text/html" if fault in ("html", "captcha") else "application/json")
-        if fault == "bomb":  # 0.4 MB that unpack to 400
-            return self.send(200, gzip.compress(bytes(400_000_000), 9), Content_Encoding="gzip")
+        if fault == "bomb":
+            return self.send(200, bomb(), Content_Encoding="gzip")
         if fault == "no gzip":
             return self.send(200, b"these bytes are no gzip", Content_Encoding="gzip")
         kind, body = self.answer(path, query)
