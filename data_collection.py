@@ -74,7 +74,7 @@ def dicts(value):
 
 def checked(thing):
     """Id and texts of an artist or a song, without those that are not what they should be."""
-    kept = {}
+    kept = {}  # what fits
     for key in ("name", "title", "url", "lyrics_state"):
         text = thing[key] if isinstance(thing.get(key), str) else ""
         text = "".join(c if c.isprintable() else " " * c.isspace() for c in text)  # no escapes
@@ -110,7 +110,7 @@ def find_artist(genius, args):
         answer = dicts([genius.artist(args.artist_id).get("artist")])
         return {"name": f"artist {args.artist_id}", **checked(*answer or [{}]), "id": args.artist_id}
     found, matches, page, more = {}, [], 1, True  # found: id -> name, in Genius' order
-    while more and not matches and page <= 10:
+    while more and not matches and page <= 10:  # the right one may stand behind others
         sections = dicts(genius.search_all(args.artist, per_page=5, page=page).get("sections"))
         hits = [hit for section in sections for hit in dicts(section.get("hits"))]
         results = [hit.get("result") for hit in hits if hit.get("index") == "artist"]
@@ -118,7 +118,7 @@ def find_artist(genius, args):
         new = {artist["id"]: artist["name"] for artist in whole}
         found, page, more = found | new, page + 1, new.keys() - found.keys()
         matches = [i for i in found if normalized(found[i]) == normalized(args.artist)]
-    if len(matches) == 1:
+    if len(matches) == 1:  # never the first of several
         return {"id": matches[0], "name": found[matches[0]]}
     offered = "".join(f"\n  --artist_id {i}  # {found[i]}" for i in matches or found)
     hint = f"choose one:{offered}" if found else "check the spelling"
@@ -160,7 +160,7 @@ def exclusion(song, artist, include_features: bool) -> str:
     for reason, pattern in TITLE_RULES.items():
         if re.search(pattern, song["title"], re.I):
             return reason
-    if song["lyrics_state"] != "complete":
+    if song["lyrics_state"] != "complete":  # nothing to ask for
         return "instrumentals" if song["lyrics_state"] == "instrumental" else "lyrics not complete"
     ours = str(artist["id"]) in song["primary_ids"].split()
     return "" if ours or include_features else "features"
@@ -299,7 +299,7 @@ def clean(text: str, keep_headers: bool = False):
     fixed = Counter()
     for _ in range(20):  # one rule may uncover work for another; what needs more is no lyric
         before = text
-        for name, (pattern, replacement) in RULES.items():
+        for name, (pattern, replacement) in RULES.items():  # in this order
             if not (keep_headers and name == "section headers"):
                 text, count = re.subn(pattern, replacement, text)
                 fixed[name] += count
@@ -317,7 +317,7 @@ def build(db, args):
     """The corpus, its songs in the order of their ids, and the report on it."""
     chosen, excluded = select(db, args)
     corpus, texts, fixed, failed = [], {}, Counter(), []
-    for song_id in sorted(chosen):
+    for song_id in sorted(chosen):  # whatever order they came in
         song = db.execute(SELECT_SONG, [song_id]).fetchone()
         text, counts = clean(song["text"] if song["state"] == "lyrics" else "", args.keep_headers)
         plain = normalized(text)
@@ -326,7 +326,7 @@ def build(db, args):
             failed += [dict(song)] * bool(song["tries"])  # with what went wrong
         elif plain in ("", "instrumental", "this song is an instrumental"):
             excluded["instrumentals" if "instrumental" in song["text"].lower() else "no lyrics"] += 1
-        elif texts.setdefault(plain, song_id) != song_id:
+        elif texts.setdefault(plain, song_id) != song_id:  # the same but for case and punctuation
             excluded["repeated songs"] += 1
         else:
             corpus.append(text)  # in memory: a megabyte for 500 songs
@@ -398,7 +398,7 @@ class PoliteSession(requests.Session):
                 problem = type(error).__name__
             self.ready_at = time.monotonic() + self.delay
             if not problem:
-                self.patience = HOUR
+                self.patience = HOUR  # a good answer starts it anew
                 return response
             if backoff:
                 self.wait(backoff, asked, problem)
@@ -424,7 +424,7 @@ class PoliteSession(requests.Session):
             raise Stop(f"Genius does not accept this token (HTTP 401); {TOKEN_HELP}")
         if status == 404 and not is_page:
             raise Stop("Genius has no artist with this id (HTTP 404); search with --artist NAME")
-        if status in (408, 429) or status >= 500:
+        if status in (408, 429) or status >= 500:  # this may pass
             return f"HTTP {status}"
         if status != 200:
             raise Trouble(f"HTTP {status}" if status != 403 else REFUSED + SEARCH_HELP * (not is_page))
@@ -477,7 +477,7 @@ def write(db, path, text):
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # a kill leaves the old file or the new one
         with db:
             new = hashlib.sha256(data).hexdigest()
             db.execute("INSERT OR IGNORE INTO written VALUES (?)", [new])
@@ -568,7 +568,7 @@ def main(argv=None):
         argv = [] if "kernel" in Path(sys.argv[0]).name else sys.argv[1:]
     again = f"python data_collection.py {shlex.join(map(str, argv))}"
     kept = f"what was fetched is kept; continue with: {again}"
-    report, status = {}, 1
+    report, status = {}, 1  # of trouble
     try:
         report = collect(parse_args(argv))
         if not report["failed"] and not report["stopped"]:
@@ -582,7 +582,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         status, message = 130, f"\nstopped; {kept}"
     print(message, file=sys.stderr)
-    if IN_NOTEBOOK and status != 2:
+    if IN_NOTEBOOK and status != 2:  # the next cells may go on
         return report
     raise SystemExit(status)
 
