@@ -650,6 +650,9 @@ def any_json_anywhere(genius, monkeypatch, examples):
         if change.get("where") == "page":
             ways = places(value)
             value = replaced(value, ways[change["way"] % len(ways)], change["value"])
+            with suppress(LookupError, TypeError):  # another text is a lyric like any other
+                html = value["songPage"]["lyricsData"]["body"]["html"]
+                change["lyrics"] = isinstance(html, str) and html != state["songPage"]["lyricsData"]["body"]["html"]
         literal = json.dumps(value).replace("\\", "\\\\").replace("'", "\\'")
         return f"<html><script>window.__PRELOADED_STATE__ = JSON.parse('{literal}');</script></html>"
 
@@ -687,6 +690,7 @@ def any_json_anywhere(genius, monkeypatch, examples):
                 seen["one line"] += 1
         assert files("assets/input") == [path for path in files() if path not in before]
         assert {path.name.partition(".")[0] for path in files("assets")} <= {"tede"}
+        other_lyrics = change.pop("lyrics", False)
         change.clear()
         statuses = []
         for _ in range(2):  # the first may continue the list of the run before
@@ -695,7 +699,7 @@ def any_json_anywhere(genius, monkeypatch, examples):
                 statuses.append(0)
             except SystemExit as stop:
                 statuses.append(stop.code)
-        assert statuses[-1] == 0 and CORPUS.read_bytes() == whole
+        assert statuses[-1] == 0 and (other_lyrics or CORPUS.read_bytes() == whole)
 
     wheres = st.sampled_from(["search", "/songs?1", "/songs?2", "/songs?3", "/artists/7?", "page"])
     argvs = st.sampled_from([[], ["--artist", "Tede", "--artist_id", "7"]])
@@ -710,8 +714,8 @@ def test_any_json_in_any_field(genius, monkeypatch):
 
 @pytest.mark.slow
 def test_any_json_in_any_field_many_times(genius, monkeypatch):
-    seen = any_json_anywhere(genius, monkeypatch, 2000)
-    log(f"any JSON in any field of any answer: 2,000 examples, no traceback, all mended by the next runs: {dict(seen)}")
+    seen = any_json_anywhere(genius, monkeypatch, 1000)
+    log(f"any JSON in any field of any answer: 1,000 examples, no traceback, all mended by the next runs: {dict(seen)}")
 
 
 # ---------- A second collector, a damaged database ----------
