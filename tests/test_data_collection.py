@@ -432,7 +432,7 @@ def survive_kills(genius, kills, songs, seed):
     rng, killed = random.Random(seed), 0
     while killed < kills:
         child = process(genius)
-        served, more = genius.counts.total(), rng.randint(0, 2 * songs // kills)
+        served, more = genius.counts.total(), rng.randint(0, songs // kills)
         while child.poll() is None and genius.counts.total() - served < more:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.03))
@@ -798,6 +798,15 @@ def test_a_person_can_read_the_database(genius):
     if shutil.which("sqlite3"):
         out = subprocess.run(["sqlite3", DATABASE, query, ".schema"], capture_output=True, text=True, check=True).stdout
         assert "Pierwszy" in out and "-- the lyrics, not cleaned" in out
+
+
+def test_a_song_whose_address_changes_is_asked_for_again(genius):
+    genius.add_song(7, 1)
+    run()
+    genius.pages["/web/other"] = ("Nowy tekst", "containers")
+    genius.lists[7][0]["url"] = "https://genius.com/other"
+    run()
+    assert corpus() == ["Nowy tekst"]
 
 
 def test_the_order_of_the_list_does_not_matter(genius):
