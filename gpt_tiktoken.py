@@ -384,13 +384,15 @@ def make_tokenizer(given: dict, text: str, checkpoint: dict | None) -> BPETokeni
 
 
 def show_pieces(tokenizer: BPETokenizer, text: str):
-    """Print a line of the text with its pieces marked, and what a BPE of this text would join first."""
-    line = next((line for line in re.split(f"[\n{END}]", text) if len(line) > 30), text[:60])
-    pieces = [tokenizer.pieces[i].decode("utf-8", "replace") for i in tokenizer.encode(line).tolist()]
-    words = Counter(re.findall(r"\w+", text[:200_000]))
+    """Print a line of the text with its pieces marked, and what a BPE of this text would join first.
+
+    A character of several pieces stands in its last one.
+    """
+    line = max(re.split(f"[\n{END}]", text[:2000]), key=len)[:80]
+    words = Counter(re.findall(r"\w+", text[:20_000]))
     merges = learn_merges(words, 8)
     longest = max(words, key=lambda word: len(cut_word(word, [])) - len(cut_word(word, merges)), default="")
-    say(f"pieces: {'|'.join(pieces)}")
+    say("pieces: " + "|".join(tokenizer.stream(tokenizer.encode(line).tolist())))
     say("a BPE of this text joins first " + ", ".join(f"{a}+{b}" for a, b in merges)
         + f": {'|'.join(cut_word(longest, merges))}")
 
