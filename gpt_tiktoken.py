@@ -1,9 +1,9 @@
 """Stage 2: the same GPT on sub-words: what they buy, and what they cost.
 
-    python gpt_tiktoken.py    # OpenAI's gpt2 vocabulary; two cores: 2 to 4 minutes
+    python gpt_tiktoken.py  # the gpt2 vocabulary; two cores: 2 to 4 minutes
     python gpt_tiktoken.py --input assets/input/input2.txt --max_iters 5000
-    python gpt_tiktoken.py --tokenizer custom --vocab_size 2000   # of your text
-    python gpt_tiktoken.py --tokenizer polish           # that of a Polish GPT-2
+    python gpt_tiktoken.py --tokenizer custom --vocab_size 2000  # your text's
+    python gpt_tiktoken.py --tokenizer polish  # that of a Polish GPT-2
     python gpt_tiktoken.py --resume         # continue after Ctrl-C or a crash
     python gpt_tiktoken.py --sample_only --prompt "Noc nad miastem"
     torchrun --nproc_per_node=2 gpt_tiktoken.py --size base      # several GPUs
