@@ -356,17 +356,16 @@ def find_tokenizer(given: dict, text: str) -> tuple[Tokenizer, str]:
 def make_tokenizer(given: dict, text: str, checkpoint: dict | None) -> BPETokenizer:
     """The checkpoint's tokenizer, or a new one for the text. Stop if it would lose a character of the text."""
     path = Path(given.get("tokenizer_path", ""))
-    if checkpoint:
-        tokenizer = BPETokenizer(**checkpoint["tokenizer"])
-        if path != Path() and path.exists():
-            keep = tokenizer.state["keep"]
-            core = read_tokenizer(path)
-            if keep and max(keep) >= core.get_vocab_size() or BPETokenizer(core.to_str(), keep).pieces != tokenizer.pieces:
-                raise Stop(f"--tokenizer_path {path} is not the tokenizer of the checkpoint: leave it out")
-        return tokenizer
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if path != Path() and not path.exists() and not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise Stop(f"cannot write --tokenizer_path {path}: choose another")
+    if checkpoint:
+        state = checkpoint["tokenizer"]
+        if path != Path() and path.exists():
+            theirs = BPETokenizer(read_tokenizer(path).to_str())
+            if theirs.pieces != BPETokenizer(state["source"]).pieces:
+                raise Stop(f"--tokenizer_path {path} is not the tokenizer of the checkpoint: leave it out")
+        return BPETokenizer(**state)
     core, name = find_tokenizer(given, text)
     source, start = core.to_str(), next((char for char in END + "\n" if char in text), text[:1])
     tokenizer = BPETokenizer(source, start=start)
