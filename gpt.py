@@ -50,7 +50,7 @@ SIZES = {
     # 0.8 million parameters: minutes on two cores
     "tiny": dict(n_layer=4, n_head=2, n_embd=128, block_size=512, grow=2, batch_size=4, dropout=0.1,
                  max_iters=2400, eval_interval=100, sample_interval=600),
-    # 10.7 million, the original's shape: for a GPU
+    # the original's shape: for a GPU
     "base": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, grow=0, batch_size=64, dropout=0.2,
                  max_iters=5000, eval_interval=100, sample_interval=500),
 }
