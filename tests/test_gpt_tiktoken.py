@@ -340,10 +340,10 @@ def test_the_pieces_that_are_shown_join_to_a_line(tokenizers, text, capsys):
 
 
 def test_what_is_shown_worked_out_by_hand(capsys):
-    r"""The words: ab 20 times, abc 19, ż 20. ab is joined first, then abc; ż is two bytes, so it stands in the second piece."""
-    text = "ab ż\n" + "ab abc ż\n" * 19
+    r"""The words: ab 20 times, abc 19, ż 38. ab is joined first, then abc; ż is two bytes, so it stands in the second piece."""
+    text = "ab\n" + "ż abc ż ab\n" * 19
     gpt_tiktoken.show_pieces(BPETokenizer(bytes_and(("a", "b"))), text)
-    assert capsys.readouterr().out == "pieces: ab| |ab|c| ||ż\na BPE of this text begins with a+b, ab+c: abc\n"
+    assert capsys.readouterr().out == "pieces: |ż| |ab|c| ||ż| |ab\na BPE of this text begins with a+b, ab+c: abc\n"
 
 
 def test_pieces_and_merges_are_shown_at_the_start_of_a_run(capsys):
