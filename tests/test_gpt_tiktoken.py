@@ -790,7 +790,7 @@ def test_a_checkpoint_alone_is_enough_to_sample(trained, monkeypatch):
 
 
 @pytest.mark.parametrize("prune", [False, True])
-def test_a_run_goes_on_without_the_tokenizer_file_it_was_given(shared, prune):
+def test_a_run_continues_without_the_tokenizer_file_it_was_given(shared, prune):
     shutil.copy(shared / "polish.json", "mine.json")
     common = dict(tokenizer="polish", tokenizer_path="mine.json", max_iters=10) | (dict(prune_vocab=True) if prune else {})
     train(**common, run_dir="whole")
@@ -801,7 +801,7 @@ def test_a_run_goes_on_without_the_tokenizer_file_it_was_given(shared, prune):
     assert same(weights("whole"), weights("cut")) and history("whole") == history("cut") and sample("whole") == sample("cut")
 
 
-def test_a_run_goes_on_without_the_folder_of_its_tokenizer_file(shared):
+def test_a_run_continues_without_the_folder_of_its_tokenizer_file(shared):
     Path("place").mkdir()
     shutil.copy(shared / "polish.json", "place/mine.json")
     train(tokenizer_path="place/mine.json")
@@ -817,7 +817,7 @@ def test_a_resumed_run_writes_no_file_in_place_of_a_folder(shared):
     assert not Path("mine").exists()
 
 
-def test_a_pruned_run_goes_on_with_its_tokenizer_file_in_place(shared):
+def test_a_pruned_run_continues_with_its_tokenizer_file_in_place(shared):
     train(prune_vocab=True, tokenizer_path=shared / "polish.json")
     assert gpt_tiktoken.main(argv(resume=True, run_dir="run", max_iters=6))["iters"] == 6
 
@@ -860,7 +860,7 @@ def test_options_that_contradict_the_checkpoint(run, capsys, option, value, know
     assert f"--{option} {value}" in no(capsys, way)
 
 
-def test_a_run_that_is_cut_off_before_its_second_evaluation_goes_on_as_if_nothing_happened():
+def test_a_run_that_is_cut_off_before_its_second_evaluation_continues_as_if_nothing_happened():
     common = dict(max_iters=10)
     train(**common, run_dir="whole")
     test_gpt.cut_off(gpt_tiktoken, 3, tiny(**common, run_dir="cut"))
@@ -1163,6 +1163,36 @@ def test_a_checkpoint_of_stage_1_is_refused(capsys):
     for way in (dict(resume=True, run_dir="one"), dict(sample_only=True, run_dir="one"),
                 dict(sample_only=True, load_url=address("one/model_best.pt"))):
         assert "is no checkpoint for gpt_tiktoken.py (another script" in no(capsys, argv(**way))
+
+
+ODD_TOKENIZERS = {
+    "none": None, "a list": [1], "empty": {}, "no source": dict(keep=None, start="\n"), "one more": dict(more=1),
+    "source is none": dict(source=None), "source is a number": dict(source=7), "source is no JSON": dict(source="{"),
+    "source is another's": dict(source=bytes_and(("a", "b"))), "source is a word": dict(source='"gpt2"'),
+    "keep is text": dict(keep="abc"), "keep is a number": dict(keep=7), "keep lacks bytes": dict(keep=[1, 2, 3]),
+    "keep is empty": dict(keep=[]), "keep has holes": dict(keep=[None] * 290),
+    "keep is beyond": dict(keep=list(range(291))), "keep has floats": dict(keep=[float(i) for i in range(290)]),
+    "start is a number": dict(start=1), "start is nothing": dict(start=""), "start is none": dict(start=None),
+    "start is bytes": dict(start=b"a")}
+ODD_OPTIONS = [dict(vocab_size=10**9), dict(vocab_size=290.0), dict(vocab_size="290"), dict(tokenizer="new"),
+               dict(tokenizer=None), dict(encoding=2), dict(prune_vocab=1), dict(tokenizer_path=None), dict(tokenizer_file="mine.json")]
+
+
+@pytest.mark.parametrize("odd", [*ODD_TOKENIZERS.values(), *ODD_OPTIONS], ids=[*ODD_TOKENIZERS, *map(str, ODD_OPTIONS)])
+def test_a_checkpoint_with_an_odd_tokenizer_or_option_is_refused(run, odd, capsys):
+    saved = checkpoint("run/model_last.pt")
+    if odd in ODD_OPTIONS:
+        saved["config"] |= odd
+    elif isinstance(odd, dict) and odd.keys() <= {"source", "keep", "start", "more"} and len(odd) == 1:
+        saved["tokenizer"] |= odd
+    else:
+        saved["tokenizer"] = odd
+    for name in ("last", "best"):
+        torch.save(saved, f"run/model_{name}.pt")
+    for way in (argv(resume=True, run_dir="run"), argv(sample_only=True, run_dir="run"),
+                tiny(load_url=address("run/model_best.pt"), run_dir="new")):
+        error = no(capsys, way)
+        assert "model_" in error and ("no checkpoint" in error or "damaged" in error)
 
 
 def test_an_unknown_character_in_the_prompt_is_no_error(run):
