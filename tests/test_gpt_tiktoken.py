@@ -1174,8 +1174,9 @@ ODD_TOKENIZERS = {
     "keep is beyond": dict(keep=list(range(291))), "keep has floats": dict(keep=[float(i) for i in range(290)]),
     "start is a number": dict(start=1), "start is nothing": dict(start=""), "start is none": dict(start=None),
     "start is bytes": dict(start=b"a")}
-ODD_OPTIONS = [dict(vocab_size=10**9), dict(vocab_size=290.0), dict(vocab_size="290"), dict(tokenizer="new"),
-               dict(tokenizer=None), dict(encoding=2), dict(prune_vocab=1), dict(tokenizer_path=None), dict(tokenizer_file="mine.json")]
+ODD_OPTIONS = [
+    dict(vocab_size=10**9), dict(vocab_size=290.0), dict(vocab_size="290"), dict(tokenizer="new"), dict(tokenizer=None),
+    dict(encoding=2), dict(prune_vocab=1), dict(tokenizer_path=None), dict(tokenizer_file="mine.json")]
 
 
 @pytest.mark.parametrize("odd", [*ODD_TOKENIZERS.values(), *ODD_OPTIONS], ids=[*ODD_TOKENIZERS, *map(str, ODD_OPTIONS)])
