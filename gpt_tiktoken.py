@@ -345,13 +345,15 @@ def draw_batch(ids, config: Config, step: int, rank: int, world: int) -> torch.T
         starts = torch.randint(len(ids) - size, (count,), generator=generator)[rank::world]
     else:
         per_epoch = max(1, len(ids) // size)  # rows
-        read = torch.arange(step * count + rank, (step + 1) * count, world)  # of all rows ever
+        numbers = torch.arange(step * count + rank, (step + 1) * count, world)  # of all rows ever
         first, last = step * count // per_epoch, ((step + 1) * count - 1) // per_epoch
         epochs = [shuffled_windows(len(ids), size, hash((config.seed, epoch)))
                   for epoch in range(first, last + 1)]  # a step may end one and begin another
-        starts = torch.cat(epochs)[read - first * per_epoch]
+        starts = torch.cat(epochs)[numbers - first * per_epoch]
     places = starts[:, None] + torch.arange(size + 1)  # (rows, T + 1)
-    return ids[places % len(ids)].long().view(config.grad_accum, rows, size + 1)
+    # By numpy: torch before 2.10 takes no entries out of 16-bit numbers, as stage 2 has them.
+    read = torch.from_numpy(ids.numpy()[(places % len(ids)).numpy()])
+    return read.long().view(config.grad_accum, rows, size + 1)
 
 
 # -------------------------------------------------------------------------------------------- model

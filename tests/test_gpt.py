@@ -67,7 +67,8 @@ def one_thread():
 @pytest.fixture
 def float64(monkeypatch):
     """Models compute in float64: what two ways of computing round differently stays far below what a fault would change."""
-    monkeypatch.setattr(torch.optim.adam, "_get_scalar_dtype", lambda is_fused=None: torch.float32)  # a counter of steps
+    # Its count of steps is in float32 on a CPU, which the check of a checkpoint expects.
+    monkeypatch.setattr(sys.modules[torch.optim.Adam.__module__], "_get_scalar_dtype", lambda is_fused=None: torch.float32)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -246,8 +247,13 @@ def test_tiny_is_evaluated_and_saved_often(tokens):
 @both_recipes
 def test_settings_are_built_once(stage, recipe, monkeypatch):
     built, real = [], stage.Config.__init__
-    monkeypatch.setattr(stage.Config, "__init__", lambda self, *args, **options: (built.append(self), real(self, *args, **options))[0])
-    monkeypatch.setattr(stage, "load_checkpoint", lambda path: torch.load(path, weights_only=True))  # its check builds another's
+
+    def count(config, *args, **options):
+        built.append(config)
+        real(config, *args, **options)
+
+    monkeypatch.setattr(stage.Config, "__init__", count)
+    monkeypatch.setattr(stage, "load_checkpoint", checkpoint)  # the script's own builds another, to compare with
     stage.main(tiny(stage, recipe=recipe, grow=0 if recipe == "classic" else 2, max_iters=8))
     assert len(built) == 1
     stage.main(argv(resume=True, run_dir="run", max_iters=10))
@@ -263,7 +269,8 @@ def test_what_varies_with_the_step_is_a_function_of_settings_and_step(stage, rec
     steps = list(range(31))
     before = [(stage.learning_rate(config, step), stage.row_length(config, step)) for step in steps[:-1]]
     again = {step: (stage.learning_rate(config, step), stage.row_length(config, step)) for step in reversed(steps)}
-    assert before == [again[step] for step in steps[:-1]] and [length for _, length in before] == [4] * 10 + [8] * 10 + [16] * 10
+    assert before == [again[step] for step in steps[:-1]]
+    assert [length for _, length in before] == [4] * 10 + [8] * 10 + [16] * 10
 
 
 def test_a_run_without_max_iters_plans_its_steps_and_a_resumed_one_keeps_the_plan(stage):
@@ -293,7 +300,7 @@ def test_help_fits_a_terminal_and_tells_every_option_and_what_sizes_and_recipes_
     assert all(f"--{f.name} " in text or f"--{f.name}\n" in text for f in fields(stage.Config))
     words = " ".join(text.split())
     for name, preset in (stage.SIZES | stage.RECIPES).items():
-        told = re.search(rf"{name}: (.*?)(?= \w+: |$)", words)[1]
+        told = re.search(rf"{name}: ({next(iter(preset))} .*?)(?= \w+: |$)", words)[1]
         assert {tuple(part.split()) for part in told.split(", ")} == {(option, str(value)) for option, value in preset.items()}
 
 
@@ -909,7 +916,8 @@ def test_a_text_of_more_characters_than_lie_below_the_surrogates(stage):
     alphabet = "".join(dict.fromkeys(unicodedata.normalize("NFC", alphabet)))
     Path("songs.txt").write_text(alphabet, encoding="utf-8")
     assert len(set(stage.read_corpus("songs.txt"))) > 55_296
-    assert stage.main(tiny(stage, max_iters=1, prompt="\U00010fff"))["iters"] == 1 and sample("run")[0] == "\U00010fff"
+    assert stage.main(tiny(stage, max_iters=1, prompt="\U00010fff", eval_iters=1))["iters"] == 1
+    assert sample("run")[0] == "\U00010fff"
 
 
 @numeric
@@ -1162,7 +1170,7 @@ def test_ctrl_c_is_one_line_and_keeps_the_last_evaluation(stage, notebook, monke
     stage.main(tiny(stage, **common, run_dir="whole"))
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     for step in (7, 11):
-        way = argv(resume=True, run_dir="it's mine") if Path("it's mine").exists() else tiny(stage, **common, run_dir="it's mine")
+        way = argv(resume=True, run_dir="it's mine") if step > 7 else tiny(stage, **common, run_dir="it's mine")
         capsys.readouterr()
         with before_step(stage, step, fail(KeyboardInterrupt())), pytest.raises(SystemExit) as stop:
             stage.main(way)
@@ -1194,7 +1202,10 @@ def test_a_checkpoint_does_not_say_where_to_write(stage, run, way):
     saved = checkpoint(run / "model_last.pt")
     hostile = dict(save_path="thesis.txt", output="songs.txt", run_dir="elsewhere", load_url="file:///nowhere", resume=True)
     torch.save(saved | dict(config=saved["config"] | hostile), run / "model_last.pt")
-    outside = {name: content for name, content in tree().items() if name.endswith(".txt") and "run" not in name}
+    def texts():
+        return {path.name: path.read_text("utf-8") for path in Path().glob("*.txt")}
+
+    outside = texts()
     if way == "resume":
         stage.main(argv(resume=True, run_dir="run", max_iters=7))
     elif way == "load_url":
@@ -1202,7 +1213,7 @@ def test_a_checkpoint_does_not_say_where_to_write(stage, run, way):
     else:
         shutil.copy(run / "model_last.pt", run / "model_best.pt")
         stage.main(argv(sample_only=True, run_dir="run", max_new_tokens=5))
-    assert {name: content for name, content in tree().items() if name.endswith(".txt") and name[:3] not in ("run", "new")} == outside
+    assert texts() == outside
     assert not Path("elsewhere").exists() and not list(Path().glob("*.previous-*"))
 
 
@@ -1249,9 +1260,9 @@ def other_files():
 
 @pytest.mark.parametrize("option", ["save_path", "output"])
 @pytest.mark.parametrize("path", [
-    "songs.txt", "./run/../songs.txt", "link", "/dev/null", "device", "fifo", "folder", ".", "run", "other", "other/model_last.pt",
-    "other/model_best.pt", "other/metrics.json", "other/tokenizer.json", "other/new.txt", "run/model_last.pt", "run/metrics.jsonl",
-    "run/config.json", "run/tokenizer.json", "run/text.txt", "songs.txt/text.txt"])
+    "songs.txt", "./run/../songs.txt", "link", "/dev/null", "device", "fifo", "folder", ".", "run", "other",
+    "other/model_last.pt", "other/model_best.pt", "other/metrics.json", "other/tokenizer.json", "other/new.txt",
+    "run/model_last.pt", "run/metrics.jsonl", "run/config.json", "run/tokenizer.json", "run/text.txt", "songs.txt/text.txt"])
 def test_what_is_not_the_runs_is_not_written_to(stage, run, capsys, option, path):
     other_files()
     before = tree()
@@ -1270,14 +1281,17 @@ def test_what_is_not_the_runs_is_not_written_to(stage, run, capsys, option, path
 def test_the_best_model_and_the_text_do_not_share_a_file(stage, run, capsys):
     shutil.copy("run/model_best.pt", "alone.pt")
     before = tree()
-    for way in (tiny(stage, run_dir="new", save_path="one", output="one"), tiny(stage, run_dir="run", output="run/model_best.pt"),
+    for way in (tiny(stage, run_dir="new", save_path="one", output="one"),
+                tiny(stage, run_dir="run", output="run/model_best.pt"),
+                tiny(stage, run_dir="run", output="run/model_best.pt", save_path="best.pt"),
                 argv(sample_only=True, save_path="alone.pt", output="alone.pt"),
                 argv(sample_only=True, run_dir="run", output="run/model_best.pt")):
         assert "--output" in refused(stage, capsys, way) and tree() == before
 
 
 @pytest.mark.parametrize("place", [
-    ".", "./", "mine", "mine_and_output", "config", "list", "runs", "texts", "..", "/", "songs.txt", "songs.txt/run", "fifo", "/dev/null"])
+    ".", "./", "mine", "mine_and_output", "config", "list", "runs", "texts", "..", "/", "songs.txt", "songs.txt/run", "fifo",
+    "/dev/null"])
 def test_a_folder_that_is_no_runs_is_refused_as_run_dir(stage, capsys, place):
     for name in ("mine/thesis.txt", "mine_and_output/output/sample.txt", "mine_and_output/notes.txt", "config/config.json",
                  "list/config.json", "runs/run/config.json"):
@@ -1317,7 +1331,7 @@ def test_a_folder_that_is_empty_or_holds_only_samples_is_used(stage, trained):
     stage.main(tiny(stage))
     assert not list(Path().glob("*.previous-*"))
     for seed in (1, 2):
-        stage.main(argv(sample_only=True, load_url=address(trained / "model_best.pt"), run_dir="texts", max_new_tokens=5, seed=seed))
+        stage.main(argv(sample_only=True, load_url=address(trained / "model_best.pt"), run_dir="texts", seed=seed))
     texts = {path.read_bytes() for path in Path("texts/output").iterdir()}
     stage.main(tiny(stage, run_dir="texts"))
     (previous,) = Path().glob("texts.previous-*")
@@ -1350,7 +1364,8 @@ def test_one_process_a_folder_at_every_step(stage, capsys):
 
 def test_processes_that_start_at_once_share_no_folder(stage):
     """Each ends with a whole run of its own, or with the line."""
-    many = [processes.start(stage.__file__, tiny(stage, max_iters=30, eval_interval=10, seed=seed), f"{seed}.out") for seed in range(4)]
+    many = [processes.start(stage.__file__, tiny(stage, max_iters=30, eval_interval=10, seed=seed), f"{seed}.out")
+            for seed in range(4)]
     statuses = [processes.finish(child) for child in many]
     assert set(statuses) == {0, 2}
     for seed, status in enumerate(statuses):
@@ -1438,10 +1453,9 @@ def test_a_disk_that_fails_while_flushing(stage, run, capsys, monkeypatch):
     assert not list(Path().rglob("*.tmp"))
 
 
-FAILING = {"DefaultCPUAllocator": RuntimeError("[enforce fail at alloc_cpu.cpp:131] . DefaultCPUAllocator: can't allocate memory: you "
-                                               "tried to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)\n"),
-           "not enough memory": RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you "
-                                             "tried to allocate 68719476736 bytes.\n"),
+ALLOCATOR = "[enforce fail at alloc_cpu.cpp:{}: you tried to allocate 68719476736 bytes. Error code 12\n"
+FAILING = {"Linux": RuntimeError(ALLOCATOR.format("131] . DefaultCPUAllocator: can't allocate memory")),
+           "Windows": RuntimeError(ALLOCATOR.format("117] data. DefaultCPUAllocator: not enough memory")),
            "MemoryError": MemoryError(), "bad_alloc": RuntimeError("std::bad_alloc"),
            "CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of ...")}
 
@@ -1465,8 +1479,9 @@ def test_a_fault_of_ours_is_not_hidden(stage, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [
-    dict(n_embd=6000), dict(n_layer=1000, n_embd=256), dict(block_size=20_000), dict(batch_size=50_000, n_embd=64, block_size=512),
-    dict(grad_accum=1_000_000, batch_size=1)], ids=lambda options: next(iter(options)))
+    dict(n_embd=6000), dict(n_layer=300, n_embd=512), dict(block_size=20_000),
+    dict(batch_size=50_000, n_embd=64, block_size=512), dict(grad_accum=1_000_000, batch_size=1)],
+    ids=lambda options: next(iter(options)))
 def test_a_model_too_large_for_the_memory_ends_with_one_line(stage, options):
     """In a process that may have 400 MB more than it has at the start."""
     Path("songs.txt").write_text(TEXT * 30, encoding="utf-8")
@@ -1478,9 +1493,8 @@ def test_a_model_too_large_for_the_memory_ends_with_one_line(stage, options):
 
 
 def test_more_than_all_memory_is_refused_before_it_is_asked_for(stage, capsys):
-    Path("songs.txt").write_text(TEXT * 300, encoding="utf-8")
     before = tree()
-    for options in (dict(n_embd=65536, n_layer=100), dict(n_layer=1000, n_embd=60_000), dict(block_size=300_000)):
+    for options in (dict(n_embd=65536, n_layer=5), dict(n_layer=100, n_embd=20_000)):
         assert "out of memory" in refused(stage, capsys, tiny(stage, **options)) and tree() == before
 
 
@@ -1572,17 +1586,17 @@ def changes(value):
     if isinstance(value, list):
         kinds["longer"] = replaced_by(lambda old: [*old, *old[-1:]])
         kinds["tuple"] = replaced_by(tuple)
+    by_type = {}
     if isinstance(value, str) and value:
-        kinds |= {"surrogate": replaced_by(lambda old: old[:-1] + "\ud800"), "twice": replaced_by(lambda old: old[:-1] + old[0]),
-                  "end": replaced_by(lambda old: old[:-1] + "\0")}
+        by_type = dict(surrogate=lambda old: old[:-1] + "\ud800", twice=lambda old: old[:-1] + old[0],
+                       end=lambda old: old[:-1] + "\0")
     if isinstance(value, torch.Tensor):
-        kinds |= {"shape": replaced_by(lambda old: torch.ones(2, *old.shape)), "double": replaced_by(lambda old: old.double()),
-                  "bytes": replaced_by(lambda old: old.to(torch.int8)), "half": replaced_by(lambda old: old.half()),
-                  "nans": replaced_by(lambda old: old * math.nan), "infinities": replaced_by(lambda old: old / 0),
-                  "negatives": replaced_by(lambda old: -1 - old.abs()), "spread": replaced_by(lambda old: old.new_ones(()).expand(old.shape)),
-                  "transposed": replaced_by(lambda old: old.mT.contiguous().mT if old.ndim == 2 else old),
-                  "sparse": replaced_by(lambda old: old.to_sparse())}
-    return kinds
+        by_type = dict(
+            shape=lambda old: torch.ones(2, *old.shape), double=lambda old: old.double(), bytes=lambda old: old.to(torch.int8),
+            half=lambda old: old.half(), nans=lambda old: old * math.nan, infinities=lambda old: old / 0,
+            negatives=lambda old: -1 - old.abs(), spread=lambda old: old.new_ones(()).expand(old.shape),
+            transposed=lambda old: old.mT.contiguous().mT if old.ndim == 2 else old, sparse=lambda old: old.to_sparse())
+    return kinds | {name: replaced_by(new) for name, new in by_type.items()}
 
 
 @pytest.mark.parametrize("recipe", ["modern", pytest.param("classic", marks=pytest.mark.slow)])
@@ -1629,8 +1643,9 @@ def test_every_field_of_a_checkpoint_is_checked_before_use(stage, recipe, capsys
 
 
 @pytest.mark.parametrize("way", ["sample_only", "resume", "load_url"])
-@pytest.mark.parametrize("part", [(), ("config",), ("config", "n_embd"), ("config", "max_iters"), ("tokenizer",), ("history",),
-                                  ("history", 0, "iter"), ("optimizers", 0), ("model",), ("model", "lm_head.weight"), ("context",)])
+@pytest.mark.parametrize("part", [
+    (), ("config",), ("config", "n_embd"), ("config", "max_iters"), ("tokenizer",), ("history",), ("history", 0, "iter"),
+    ("optimizers", 0), ("model",), ("model", "lm_head.weight"), ("context",)])
 def test_a_checkpoint_with_a_wrong_part_is_refused_in_every_way_to_use_it(stage, run, capsys, way, part):
     for change in (replaced_by(lambda old: None), replaced_by(lambda old: "text"), without):
         if (part, change) == ((), without):
@@ -1655,23 +1670,19 @@ def test_an_option_that_this_version_does_not_know_is_named(stage, run, capsys):
         assert "flash_attention" in error and "not an option of this version" in error and "new.pt" in error
 
 
-def packed(path, target, swap=None, deflate=True):
-    """A checkpoint's archive written anew: deflated, and with some of its files replaced by so many zeros."""
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED) as new:
+def packed(path, target, zeros=None):
+    """A checkpoint's archive written anew, deflated; some of its files with so many megabytes of zeros in their place."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
-            with new.open(name, "w", force_zip64=True) as file:
-                size = (swap or {}).get(name.partition("/")[2])
-                if size:
-                    for _ in range(size // 2**20):
-                        file.write(bytes(2**20))
-                else:
-                    file.write(old.read(name))
+            with new.open(name, "w") as file:
+                size = (zeros or {}).get(name.partition("/")[2])
+                file.writelines([bytes(2**20)] * size if size else [old.read(name)])
 
 
 @pytest.mark.parametrize("way", ["sample_only", "resume", "load_url"])
 def test_tensors_that_unpack_to_more_than_the_file_are_refused_unread(stage, run, way):
     """Half a gigabyte of zeros in half a megabyte, in a process that may have 200 MB more than it has at the start."""
-    packed(run / "model_best.pt", "bomb.pt", {"data/3": 2**29})
+    packed(run / "model_best.pt", "bomb.pt", {"data/3": 512})
     assert Path("bomb.pt").stat().st_size < 2**21
     shutil.copy("bomb.pt", run / "model_last.pt")
     before = tree()
@@ -2019,7 +2030,8 @@ except SystemExit as e:
     out, error = done.stdout.decode(), done.stderr.decode()
     assert done.returncode == 0 and re.findall("ended with .*|steps: .*", out) == ["ended with 2", "steps: 5", "ended with 130"]
     missing, stopped = error.splitlines()
-    assert "assets/input/input2.txt" in missing and "--resume" in stopped and {path.name for path in Path("run").iterdir()} >= RUN - {"output"}
+    assert "assets/input/input2.txt" in missing and "--resume" in stopped
+    assert {path.name for path in Path("run").iterdir()} == RUN - {"output"}
 
 
 def free_port():
@@ -2083,7 +2095,7 @@ def test_a_killed_process_ends_the_others_with_a_whole_checkpoint(stage, victim)
 
 def test_the_time_left_is_told_anew_with_each_evaluation(stage, monkeypatch, capsys):
     """A step takes a minute at first, as with --compile, and later three seconds."""
-    ticks = itertools.accumulate(itertools.chain([0], *([seconds, 0] for seconds in itertools.chain([60] * 10, itertools.repeat(3)))))
+    ticks = itertools.accumulate([0] + [60, 0] * 10 + [3, 0] * 40)
     monkeypatch.setattr(stage, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks), strftime=time.strftime))
     stage.main(tiny(stage, max_iters=40, eval_interval=10))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
