@@ -571,22 +571,44 @@ def test_a_modern_model_starts_as_the_identity(stage):
 
 
 # ------------------------------------------------------------------------------------------------ learning
+def muons_steps(weight, grads, lr, decay):
+    """Where Muon takes a matrix, written out: momentum and Nesterov, five Newton-Schulz steps, as long as AdamW's."""
+    momentum = torch.zeros_like(weight)
+    for grad in grads:
+        momentum = 0.95 * momentum + 0.05 * grad
+        x = 0.95 * momentum + 0.05 * grad
+        x = x / x.norm()
+        for _ in range(5):
+            x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+        weight = weight * (1 - lr * decay) - lr * 0.2 * math.sqrt(max(x.shape)) * x
+    return weight
+
+
+@numeric
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muons_step_worked_out_by_hand(stage, shape, float64):
+    p, grads = torch.nn.Parameter(torch.randn(shape)), torch.randn(3, *shape)
+    expected = muons_steps(p.detach().clone(), grads, lr=0.01, decay=0.1)
+    optimizer = stage.Muon([dict(params=[p])], lr=0.01, weight_decay=0.1)
+    for p.grad in grads:
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), expected)
+
+
 @numeric
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has had one since 2.9")
-def test_muon_takes_the_librarys_step(stage, float64, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)  # what the library would iterate in
-    weights = [torch.nn.Parameter(torch.randn(8, 24)), torch.nn.Parameter(torch.randn(24, 8))]
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in weights]
-    ours = stage.Muon([dict(params=[p]) for p in weights], lr=0.01, weight_decay=0.1)
-    theirs = torch.optim.Muon(twins, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    for _ in range(3):
-        for p, twin in zip(weights, twins):
-            p.grad = torch.randn_like(p)
-            twin.grad = p.grad.clone()
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muon_takes_the_librarys_step(stage, shape):
+    before, grads = torch.randn(shape), torch.randn(3, *shape)
+    p, twin = (torch.nn.Parameter(before.clone()) for _ in range(2))
+    ours = stage.Muon([dict(params=[p])], lr=0.01, weight_decay=0.1)
+    theirs = torch.optim.Muon([twin], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for grad in grads:
+        p.grad, twin.grad = grad.clone(), grad.clone()
         ours.step()
         theirs.step()
-    for p, twin in zip(weights, twins):
-        torch.testing.assert_close(p, twin)
+    # The library iterates in bfloat16: some twenty roundings of up to 0.4 % on the way.
+    assert (p - twin).norm() < 0.1 * (p - before).norm()
 
 
 @numeric
@@ -1580,6 +1602,8 @@ def changes(value):
     kinds = {name: replaced_by(lambda old, new=new: new) for name, new in dict(
         none=None, text="text", number=7, negative=-1, huge=10**30, real=-0.5, nan=math.nan, infinite=math.inf, large=1e300,
         true=True, list=[], dict={}, tensor=torch.ones(3), path="/dev/null\0").items()}
+    if isinstance(value, torch.Tensor):  # there are many: not all of it for each
+        kinds = {name: kinds[name] for name in ("none", "text", "number", "nan", "list")}
     kinds["gone"] = without
     if isinstance(value, dict):
         kinds["extra"] = replaced_by(lambda old: old | {"extra": 1})
@@ -1626,15 +1650,13 @@ def test_every_field_of_a_checkpoint_is_checked_before_use(stage, recipe, capsys
             else:
                 legal.append((name, Path("run/model_last.pt").read_bytes()))
     assert not wrong
-    print(*[name for name, _ in legal], sep="\n")
     for name, content in legal:
         Path("run/model_last.pt").write_bytes(content)
         shutil.copy("run/model_last.pt", "run/model_best.pt")
-        for way in (dict(resume=True, run_dir="run", max_iters=6),
-                    dict(sample_only=True, run_dir="run", max_new_tokens=3),
+        for way in (dict(resume=True, run_dir="run", max_iters=6), dict(sample_only=True, run_dir="run"),
                     dict(load_url=address("run/model_best.pt"), run_dir="new", input="songs.txt", max_iters=1, batch_size=2)):
             try:
-                stage.main(argv(**way, device="cpu"))
+                stage.main(argv(**way, device="cpu", max_new_tokens=3))
             except SystemExit as e:
                 error = capsys.readouterr().err
                 assert e.code in (1, 2) and error.startswith("error: ") and error.count("\n") == 1, (name, way, error)
