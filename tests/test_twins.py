@@ -37,7 +37,8 @@ TO_COME = "an issue to come makes them one"
 CONFIG = " ".join(f"Config.{name}" for name in """batch_size block_size device dtype input learning_rate max_new_tokens
     num_samples patience prompt resume sample_only seed temperature top_k top_p weight_decay""".split())
 FINE_TUNING = f"""Config. {CONFIG} END IN_NOTEBOOK SEPARATOR Stop. evaluate keep_memory main make_config mixed_precision option
-    parse_args pick_device read_corpus run sample_text split_corpus write_samples""".split() + ["if __name__ == '__main__':"]
+    parse_args pick_device read_corpus run sample_text split_corpus write_samples""".split() + [
+        "if __name__ == '__main__':", "os.environ.setdefault('GOMP_SPINCOUNT', '1000')"]
 COLLECTION = "Config. Config.output IN_NOTEBOOK SEPARATOR main option parse_args replacing write_json".split()
 EXEMPT = {  # what two scripts define and may write differently: pair -> name -> reason
     TWINS: {
@@ -99,7 +100,7 @@ def spans(lines, nodes, first, last, prefix=""):
     """The line numbers of each statement in the lines first to last (from 1), by name; under the prefix alone: what is left.
 
     To a statement belong its decorators, the comments right above it and those at the ends of its lines. Of a class each
-    method and field is a statement, "Class.method"; "Class." is its head. So is of a dictionary each entry.
+    method and field is a statement, "Class.method"; "Class." is its head. So is each entry that has a line of a dictionary.
     """
     found, rest = {}, set(range(first, last + 1))
     for node in nodes:
@@ -110,7 +111,7 @@ def spans(lines, nodes, first, last, prefix=""):
         if isinstance(node, ast.ClassDef):
             body = [child for child in node.body if name_of(child) != "docstring"]
             new = spans(lines, body, start, node.end_lineno, f"{name}.")
-        elif isinstance(value, ast.Dict) and value.lineno < value.end_lineno and all(value.keys):
+        elif isinstance(value, ast.Dict) and len({value.lineno, *(key.lineno for key in value.keys)}) > len(value.keys):
             starts = [above(lines, key.lineno) for key in value.keys]
             ends = [start - 1 for start in starts[1:]] + [value.end_lineno - 1]
             new = {f"{name}.{ast.literal_eval(key)}": list(range(*span)) for key, *span in zip(
