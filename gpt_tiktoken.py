@@ -833,7 +833,8 @@ def check_values(options: dict):
     """Stop if an option is not known, or its value is of another type or out of its range."""
     for name, value in options.items():
         f = Config.__dataclass_fields__.get(name)
-        if not f or type(value) is not f.type or "\0" in str(value):
+        no_text = re.search("[\0\ud800-\udc7f\udd00-\udfff]", str(value))  # and no name of a file
+        if not f or type(value) is not f.type or no_text:
             raise Stop(f"--{name} {value!r} is not an option of this version")
         low, high, choices = (f.metadata[limit] for limit in ("low", "high", "choices"))
         if choices and value not in choices or f.type in (int, float) and not low <= value <= high:
