@@ -47,8 +47,10 @@ STAGE, SCRIPT = "char", "gpt.py"
 
 # Options that are not given come from the size and the recipe.
 SIZES = {
+    # 0.8 million parameters: minutes on two cores
     "tiny": dict(n_layer=4, n_head=2, n_embd=128, block_size=512, grow=2, batch_size=4, dropout=0.1,
                  max_iters=2400, eval_interval=100, sample_interval=600),
+    # 10.7 million, the original's shape: for a GPU
     "base": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, grow=0, batch_size=64, dropout=0.2,
                  max_iters=5000, eval_interval=100, sample_interval=500),
 }
@@ -74,6 +76,8 @@ def option(default, help, low=0, high=1e9, choices=None):
 @dataclass(frozen=True)
 class Config:
     """Every option: its name, type, default and help. None: set by --size or --recipe."""
+    seed: int = option(2115, "seed of everything random", 0, 2**62)
+    # files
     input: str = option("assets/input/input2.txt", "the text to learn from")
     run_dir: str = option("assets/char_model", "folder for everything that the run writes")
     save_path: str = option("", "best checkpoint (default: RUN_DIR/model_best.pt)")
@@ -81,6 +85,7 @@ class Config:
     resume: bool = option(False, "continue from RUN_DIR/model_last.pt")
     load_url: str = option("", "start from the checkpoint at this http(s) or file address")
     sample_only: bool = option(False, "do not train: load the best checkpoint and write samples")
+    # the model
     size: str = option("auto", "auto: base on a GPU, else tiny", choices=("auto", *SIZES))
     recipe: str = option("modern", "modern, or the original's classic", choices=tuple(RECIPES))
     n_layer: int = option(None, "transformer blocks", 1, 1000)
@@ -89,6 +94,7 @@ class Config:
     block_size: int = option(None, "context: how many tokens the model sees", 2)
     dropout: float = option(None, "share of activations zeroed in training", 0, 0.99)
     grow: int = option(None, "start with short rows that double in length this many times", 0, 10)
+    # training
     batch_size: int = option(None, "rows in a batch (per process)", 1, 2**20)
     grad_accum: int = option(1, "batches whose gradients are added up before a step", 1)
     max_iters: int = option(None, f"steps; modern: by default {EPOCHS} passes over the text", 1)
@@ -100,10 +106,11 @@ class Config:
     eval_iters: int = option(0, "evaluate on at most N batches (0: the whole validation split)")
     patience: int = option(10, "stop after N evaluations without a better loss (0: never)")
     sample_interval: int = option(None, "write a few lines every N steps (0: never)")
+    # the computer
     device: str = option("auto", "auto: the first available", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "auto: the fastest", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = option(False, "torch.compile the model")
-    seed: int = option(2115, "seed of everything random", 0, 2**62)
+    # sampling
     prompt: str = option("", "text to continue (default: start a new song)")
     num_samples: int = option(1, "texts to write", 1)
     max_new_tokens: int = option(500, "length of each text, in tokens", 1)
@@ -136,7 +143,7 @@ class CharTokenizer:
 
     def encode(self, text: str) -> torch.Tensor:
         """Token numbers, shape (len(text),), in a small integer type. Stop names an unknown character."""
-        unknown = set(text) - set(self.chars)
+        unknown = set(text) - set(self.chars)  # in a prompt, say
         if unknown:
             raise Stop(f"the model's text has no {min(unknown)!r}: leave that character out")
         ids = [self.number_of[:0]]
@@ -147,7 +154,7 @@ class CharTokenizer:
 
     def stream(self, ids):
         """Yield the text of each token number as it comes."""
-        return (self.chars[i] for i in ids)
+        return (self.chars[i] for i in ids)  # one by one, as they are drawn
 
     def count_chars(self, ids: torch.Tensor) -> int:
         """How many characters the tokens stand for."""
@@ -158,14 +165,6 @@ class CharTokenizer:
         return dict(vocab_size=self.vocab_size, chars_per_token=1, tokens_per_vocab_entry=len(ids) / self.vocab_size)
 
 
-def make_tokenizer(asked: dict, text: str, checkpoint: dict | None) -> CharTokenizer:
-    """The checkpoint's tokenizer, or one whose vocabulary is the characters of the text."""
-    if checkpoint:
-        return CharTokenizer(**checkpoint["tokenizer"])
-    start = next((char for char in END + "\n" if char in text), text[:1])
-    return CharTokenizer("".join(sorted(set(text) - {END})), start)
-
-
 # --------------------------------------------------------------------------------------------- data
 def split_corpus(text: str) -> tuple[str, str]:
     """Training and validation text, the same in every stage: cut at the song boundary nearest to 90 %.
@@ -174,7 +173,7 @@ def split_corpus(text: str) -> tuple[str, str]:
     """
     target, low, high = (round(len(text) * share) for share in (0.90, 0.85, 0.95))
     for mark in (END, "\n"):
-        cuts = [text.rfind(mark, 0, target) + 1, text.find(mark, target) + 1]
+        cuts = [text.rfind(mark, 0, target) + 1, text.find(mark, target) + 1]  # before it, after it
         cuts = [cut for cut in cuts if max(low, 1) <= cut <= min(high, len(text) - 1)]
         if cuts:
             target = min(cuts, key=lambda cut: abs(cut - target))
@@ -188,15 +187,15 @@ def row_length(config: Config, step: int) -> int:
     What stands near is learned first, and short rows are quick, as attention looks at all pairs of
     positions (Press et al., "Shortformer", arXiv:2012.15832).
     """
-    doublings_left = config.grow - step * (config.grow + 1) // config.max_iters
+    doublings_left = config.grow - step * (config.grow + 1) // config.max_iters  # grow, ..., 1, 0
     return max(1, config.block_size // 2**doublings_left)
 
 
-@functools.lru_cache(2)  # once an epoch, not once a row
+@functools.lru_cache(2)  # once an epoch, not once a step
 def shuffled_windows(length: int, size: int, seed: int) -> torch.Tensor:
     """Where an epoch's windows begin, shape (length // size,): the text is a ring, cut at random, then every `size`."""
     generator = torch.Generator().manual_seed(seed)
-    cut = torch.randint(length, (1,), generator=generator)
+    cut = torch.randint(length, (1,), generator=generator)  # elsewhere in each epoch
     return cut + size * torch.randperm(max(1, length // size), generator=generator)
 
 
@@ -206,20 +205,23 @@ def draw_batch(ids, config: Config, step: int, rank: int, world: int) -> torch.T
     classic: windows anywhere. modern: epochs, so that nothing is read twice before all is read. The draw
     depends on seed and step alone: a resumed run sees what an uninterrupted one would have seen.
     """
-    size = row_length(config, step)
+    size = row_length(config, step)  # T
     rows = config.batch_size * (config.block_size // size)  # where rows are shorter, there are more
-    count = config.grad_accum * rows * world
+    count = config.grad_accum * rows * world  # rows in this step, in all processes
     if config.recipe == "classic":
         generator = torch.Generator().manual_seed(hash((config.seed, step)))
         starts = torch.randint(len(ids) - size, (count,), generator=generator)[rank::world]
     else:
-        per_epoch = max(1, len(ids) // size)
-        read = range(step * count + rank, (step + 1) * count, world)  # of all rows, first to last
-        starts = torch.stack([
-            shuffled_windows(len(ids), size, hash((config.seed, row // per_epoch)))[row % per_epoch]
-            for row in read])
+        per_epoch = max(1, len(ids) // size)  # rows
+        numbers = torch.arange(step * count + rank, (step + 1) * count, world)  # of all rows ever
+        first, last = step * count // per_epoch, ((step + 1) * count - 1) // per_epoch
+        epochs = [shuffled_windows(len(ids), size, hash((config.seed, epoch)))
+                  for epoch in range(first, last + 1)]  # a step may end one and begin another
+        starts = torch.cat(epochs)[numbers - first * per_epoch]
     places = starts[:, None] + torch.arange(size + 1)  # (rows, T + 1)
-    return ids[places % len(ids)].long().view(config.grad_accum, rows, size + 1)
+    # By numpy: torch before 2.10 takes no entries out of 16-bit numbers, as stage 2 has them.
+    read = torch.from_numpy(ids.numpy()[(places % len(ids)).numpy()])
+    return read.long().view(config.grad_accum, rows, size + 1)
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -229,7 +231,7 @@ def rotate(x, rope):
     The product of a query and a key then depends on how far apart they stand. x: (..., T, hs).
     """
     cos, sin = rope.to(x.dtype)  # (T, hs / 2) each
-    a, b = x.chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)  # the pairs: one number from each half
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
@@ -242,7 +244,7 @@ class MultiHeadAttention(nn.Module):
         self.query = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.key = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.value = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.modern)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.modern)  # mixes the heads
         self.dropout = Dropout(config.dropout)
         if self.modern:  # QK-norm (Henry et al., arXiv:2010.04245) keeps the scores within bounds
             self.qk_norm = nn.LayerNorm(config.n_embd // config.n_head, bias=False)
@@ -288,7 +290,7 @@ class FeedForward(nn.Module):
         if self.modern:
             x = F.silu(self.gate(x)) * self.up(x)  # (B, T, hidden)
         else:
-            x = F.relu(self.up(x))
+            x = F.relu(self.up(x))  # (B, T, 4C)
         return self.dropout(self.down(x))
 
 
@@ -305,8 +307,8 @@ class Block(nn.Module):
 
     def forward(self, x, mask, rope=None, cache=None):
         """Shape in and out: (B, T, C)."""
-        x = x + self.attention(self.norm1(x), mask, rope, cache)
-        return x + self.feed_forward(self.norm2(x))
+        x = x + self.attention(self.norm1(x), mask, rope, cache)  # look back
+        return x + self.feed_forward(self.norm2(x))  # think
 
 
 class GPTLanguageModel(nn.Module):
@@ -315,14 +317,14 @@ class GPTLanguageModel(nn.Module):
     def __init__(self, config: Config, vocab_size: int):
         super().__init__()
         self.modern = config.recipe == "modern"
-        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)  # C numbers for each token
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd, bias=not self.modern)
+        self.norm = nn.LayerNorm(config.n_embd, bias=not self.modern)  # before the head
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=not self.modern)
-        T = config.block_size
+        T = config.block_size  # the context
         self.register_buffer("mask", torch.full((T, T), -math.inf).triu(1), persistent=False)
         if self.modern:
-            head_size = config.n_embd // config.n_head
+            head_size = config.n_embd // config.n_head  # hs
             speed = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)  # radians per position
             angles = torch.outer(torch.arange(T), speed)  # (T, hs / 2)
             self.register_buffer("rope", torch.stack((angles.cos(), angles.sin())), persistent=False)
@@ -342,7 +344,7 @@ class GPTLanguageModel(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, past=0):
         """Logits (B, T, vocab_size), or with targets (B, T) the mean loss. idx: (B, T), after `past` cached ones."""
-        S = past + idx.size(1)
+        S = past + idx.size(1)  # all positions so far, the last T of them new
         x = self.token_embedding(idx)  # (B, T, C)
         rope = self.rope[:, past:S] if self.modern else None
         if not self.modern:
@@ -365,7 +367,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
         return orthogonalize(matrices.mT, steps).mT
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        a = x @ x.mT
+        a = x @ x.mT  # (n, rows, rows)
         a = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a a
         x = torch.baddbmm(x, a, x, beta=3.4445)  # 3.4445 x + a x
     return x
@@ -385,12 +387,12 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """One step for all parameters."""
         for group in self.param_groups:
-            params, lr, beta = group["params"], group["lr"], group["momentum"]
+            params, lr, beta = group["params"], group["lr"], group["momentum"]  # matrices of one shape
             grad = torch.stack([p.grad for p in params])  # (n, rows, cols)
             momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad))
-            momentum.lerp_(grad, 1 - beta)
+            momentum.lerp_(grad, 1 - beta)  # a running mean of the gradients
             updates = orthogonalize(grad.lerp_(momentum, beta))  # Nesterov: look one step ahead
-            scale = 0.2 * math.sqrt(max(params[0].shape))
+            scale = 0.2 * math.sqrt(max(params[0].shape))  # as large as a typical step of AdamW
             for p, update in zip(params, updates):
                 p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * scale)
 
@@ -401,7 +403,7 @@ def make_optimizers(model: GPTLanguageModel, config: Config) -> list[torch.optim
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
     if config.recipe == "classic":
         return [torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=fused)]
-    shapes, rest = {}, []
+    shapes, rest = {}, []  # matrices of one shape are orthogonalized together
     for name, p in model.named_parameters():
         if "blocks" in name and p.ndim == 2:
             shapes.setdefault(p.shape, []).append(p)
@@ -415,8 +417,8 @@ def learning_rate(config: Config, step: int) -> float:
     """classic: constant. modern: linear warm-up, then linear decay, to zero at max_iters."""
     if config.recipe == "classic":
         return config.learning_rate
-    rise = (step + 1) / (config.warmup_iters + 1)
-    fall = (config.max_iters - step) / max(1, config.max_iters - config.warmup_iters)
+    rise = (step + 1) / (config.warmup_iters + 1)  # small steps at first
+    fall = (config.max_iters - step) / max(1, config.max_iters - config.warmup_iters)  # and at last
     return config.learning_rate * min(rise, fall)
 
 
@@ -430,17 +432,17 @@ def evaluate(model, ids, tokenizer, config: Config, context: int) -> tuple[float
     """
     model.eval()
     device = next(model.parameters()).device
-    rows = config.batch_size * (config.block_size // context)
+    rows = config.batch_size * (config.block_size // context)  # as many tokens as in training
     lacking = -(len(ids) - 1) % context  # tokens that the last window is short of
     inputs = F.pad(ids[:-1].long(), (0, lacking)).view(-1, context).split(rows)
-    targets = F.pad(ids[1:].long(), (0, lacking), value=-100).view(-1, context).split(rows)
-    nats = tokens = chars = 0
+    targets = F.pad(ids[1:].long(), (0, lacking), value=-100).view(-1, context).split(rows)  # -100: none
+    nats = tokens = chars = 0  # sums
     for x, y in list(zip(inputs, targets))[:config.eval_iters or None]:  # (B, T) each
-        told = y[y >= 0]  # -100 stands for no target
+        told = y[y >= 0]  # the last window may be short
         with mixed_precision(config.dtype, device):
             nats += model(x.to(device), y.to(device)).item() * len(told)
         tokens += len(told)
-        chars += tokenizer.count_chars(told)
+        chars += tokenizer.count_chars(told)  # a token may stand for several
     return nats / tokens, nats / (math.log(2) * chars)
 
 
@@ -448,9 +450,9 @@ def evaluate(model, ids, tokenizer, config: Config, context: int) -> tuple[float
 def draw_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one token a row from the scores: logits (B, vocab_size), result (B,)."""
     if temperature < 1e-6:
-        return logits.argmax(dim=-1)
+        return logits.argmax(dim=-1)  # the likeliest
     scores, order = (logits.float() / temperature).sort(dim=-1, descending=True)
-    probs = scores[:, :top_k or None].softmax(dim=-1)
+    probs = scores[:, :top_k or None].softmax(dim=-1)  # (B, k), the likeliest first
     if probs.isnan().any():
         raise Stop(NAN, 1)
     if top_p < 1:  # nucleus sampling (Holtzman et al., arXiv:1904.09751)
@@ -466,8 +468,8 @@ def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_
     is full, its last half is kept and read again.
     """
     model.eval()
-    seen = new = idx[:, -context:]
-    cache, past = {}, 0
+    seen = new = idx[:, -context:]  # (B, T)
+    cache, past = {}, 0  # past: how many positions the cache holds
     for _ in range(max_new_tokens):
         if past + new.size(1) > context:
             new, cache, past = seen[:, -(context // 2):], {}, 0
@@ -484,7 +486,7 @@ def sample_text(model, tokenizer, config: Config, context: int, number=0, length
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(hash((config.seed, -1, number)))
     idx = tokenizer.encode(config.prompt or tokenizer.start).long().to(device)[None]  # (1, T)
-    yield config.prompt
+    yield config.prompt  # not drawn, but part of the text
     # On a CPU casts to bfloat16 cost more than they save, with one position at a time.
     with mixed_precision("float32" if device.type == "cpu" else config.dtype, device):
         tokens = generate(model, idx, length or config.max_new_tokens, context,
@@ -500,16 +502,16 @@ def sample_text(model, tokenizer, config: Config, context: int, number=0, length
 def take_step(network, optimizers, scaler, rows, config: Config, step: int) -> torch.Tensor:
     """One optimizer step on rows (grad_accum, B, T + 1). Returns the mean loss, in nats per token."""
     torch.manual_seed(hash((config.seed, step, RANK)))  # for dropout: so there is no state to save
-    network.train()
+    network.train()  # dropout on
     amp = mixed_precision(config.dtype, rows.device)
-    total = 0
+    total = 0  # of the losses
     for batch in rows:  # (B, T + 1)
         with amp:
             loss = network(batch[:, :-1], batch[:, 1:]) / config.grad_accum
-        scaler.scale(loss).backward()
+        scaler.scale(loss).backward()  # in float16 small gradients vanish unless scaled
         total += loss.detach()
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # back to their true size
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
     norm = nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or math.inf)
@@ -530,7 +532,7 @@ def train(config: Config, model, tokenizer, train_ids, val_ids, facts: dict, sav
         network = torch.compile(network, dynamic=False)
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=facts["dtype"] == "float16")
-    history, start, seconds = [], 0, 0.0
+    history, start, seconds = [], 0, 0.0  # seconds of training alone
     if saved:  # continue where the last evaluation left the run
         history, start, seconds = saved["history"], saved["history"][-1]["iter"], saved["history"][-1]["seconds"]
         scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
@@ -565,7 +567,7 @@ def train(config: Config, model, tokenizer, train_ids, val_ids, facts: dict, sav
             return history
 
         # One step.
-        began = time.perf_counter()
+        began = time.perf_counter()  # the clock stands still while it evaluates and writes
         rows = draw_batch(train_ids, config, step, RANK, WORLD).to(device, non_blocking=True)
         losses.append(take_step(network, optimizers, scaler, rows, config, step))
         context = row_length(config, step)  # how far back the model has learned to look
@@ -585,7 +587,7 @@ class Dropout(nn.Dropout):
             return x
         if x.device.type != "cpu":
             return super().forward(x)
-        bound = round(256 * self.p)
+        bound = round(256 * self.p)  # a byte below it means zero
         words = torch.randint(-2**63, 2**63 - 1, (math.ceil(x.numel() / 8),))  # 64 random bits each
         numbers = words.view(torch.uint8)[:x.numel()].view(x.shape).to(x.dtype)
         keep = torch.ge(numbers, bound, out=torch.empty_like(numbers))  # 0 or 1, in x's own type
@@ -684,7 +686,7 @@ def parse_args(argv) -> dict:
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name}", help=f.metadata["help"] + note, **kind)
     given = vars(parser.parse_args(argv))
-    check_values(given)
+    check_values(given)  # the ranges: argparse knows types and choices
     if "prompt" in given:  # bytes that are not UTF-8 come from a shell as lone surrogates: drop them
         given["prompt"] = unicodedata.normalize("NFC", given["prompt"].encode(errors="ignore").decode())
     return given
@@ -698,11 +700,11 @@ def inherit(given: dict, checkpoint: dict | None) -> dict:
     for name in SHAPE:
         if given.get(name, old[name]) != old[name]:
             raise Stop(f"--{name} {given[name]} contradicts the checkpoint's {old[name]}: leave it out, or train anew")
-    names = set(SHAPE)
+    names = set(SHAPE)  # a new run from old weights
     if given.get("resume"):
         if given.get("max_iters", math.inf) < old["max_iters"]:
             raise Stop(f"--max_iters {given['max_iters']} is below the checkpoint's {old['max_iters']}: it may only grow")
-        names = old.keys() - UNINHERITED
+        names = old.keys() - UNINHERITED  # the same run
     return {name: old[name] for name in names} | given
 
 
@@ -726,10 +728,18 @@ def make_config(given: dict, device: torch.device, tokens: int = 0) -> Config:
     known.setdefault("save_path", f"{run_dir}/model_best.pt")
     known.setdefault("output", f"{run_dir}/output/sample.txt")
     config = Config(**known)
-    head_size, rest = divmod(config.n_embd, config.n_head)
+    head_size, rest = divmod(config.n_embd, config.n_head)  # heads share the width
     if rest or config.recipe == "modern" and head_size % 2:
         raise Stop(f"--n_embd {config.n_embd} must be divisible by --n_head {config.n_head} (modern: into an even number)")
     return config
+
+
+def make_tokenizer(asked: dict, text: str, checkpoint: dict | None) -> CharTokenizer:
+    """The checkpoint's tokenizer, or one whose vocabulary is the characters of the text."""
+    if checkpoint:
+        return CharTokenizer(**checkpoint["tokenizer"])
+    start = next((char for char in END + "\n" if char in text), text[:1])
+    return CharTokenizer("".join(sorted(set(text) - {END})), start)
 
 
 def read_corpus(path: str) -> str:
@@ -806,7 +816,7 @@ def load_checkpoint(path: str) -> dict:
     """This stage's checkpoint in a file or at an address, on the CPU. Stop if there is none, or it is damaged."""
     try:
         with urllib.request.urlopen(path, timeout=30) if "://" in path else open(path, "rb") as source:
-            file = io.BytesIO(source.read())
+            file = io.BytesIO(source.read())  # read once, checked, then loaded
         parts = zipfile.ZipFile(file)  # torch.load takes damaged numbers as they are
         if sum(part.file_size for part in parts.infolist()) > len(file.getbuffer()) or parts.testzip():
             raise ValueError
@@ -832,8 +842,8 @@ def replacing(path):
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fsync(file.fileno())  # on the disk, not only on its way there
+        os.replace(temporary, path)  # at once: nobody sees half a file
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -881,14 +891,14 @@ def run_folder(config: Config, facts: dict):
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     try:
-        lock.acquire()
+        lock.acquire()  # until the run has ended
     except filelock.Timeout:
         raise Stop(f"another process writes to --run_dir {config.run_dir}: wait, or choose another") from None
     except (OSError, NotImplementedError):
         pass  # a file system without locks
     try:
         if not config.resume and folder.exists() and any(folder.iterdir()):
-            keep_previous(folder)
+            keep_previous(folder)  # as a whole
         folder.mkdir(exist_ok=True)
         for unfinished in folder.glob("*.tmp"):  # left by a kill
             unfinished.unlink()
@@ -976,78 +986,83 @@ KNOWN = {"allocate": MEMORY, "out of memory": MEMORY, "connection": "another pro
          "compiler": "--compile needs a C++ compiler: install g++, or leave --compile out"}
 
 
-def check_memory(config: Config, vocab_size: int):
-    """Stop if weights, gradients and the optimizer's numbers alone, 16 bytes a parameter, exceed the memory."""
+def make_facts(config: Config, tokenizer, text: str, train_ids, device: torch.device) -> dict:
+    """What can be said of a run before it starts. Stop if its parameters alone need more memory than there is."""
     with torch.device("meta"):  # shapes without memory
-        model = GPTLanguageModel(config, vocab_size)
-    needed = 16 * sum(p.numel() for p in model.parameters()) + 4 * config.block_size**2
-    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise Stop(MEMORY)
-
-
-def make_facts(config: Config, tokenizer, model, text: str, train_ids) -> dict:
-    """What can be said of a run before it starts."""
-    device = next(model.parameters()).device
+        model = GPTLanguageModel(config, tokenizer.vocab_size)
+    params = sum(p.numel() for p in model.parameters())
+    if hasattr(os, "sysconf") and 16 * params > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise Stop(MEMORY)  # a weight, its gradient and two numbers of the optimizer, four bytes each
     return dict(
-        tokenizer.describe(split_corpus(text)[0], train_ids), params=sum(p.numel() for p in model.parameters()),
+        tokenizer.describe(split_corpus(text)[0], train_ids), params=params,
         tokens_per_step=config.grad_accum * config.batch_size * config.block_size * WORLD,
         device=str(device), seed=config.seed, corpus_sha256=hashlib.sha256(text.encode()).hexdigest(),
         dtype=str(mixed_precision(config.dtype, device).fast_dtype).removeprefix("torch."))
 
 
+def load_source(given: dict) -> dict | None:
+    """The checkpoint to start from, if there is to be one."""
+    folder = given.get("run_dir", Config.run_dir)
+    if given.get("resume"):
+        if given.get("load_url") or given.get("sample_only"):
+            raise Stop("--resume continues a run: leave out --load_url and --sample_only")
+        return load_checkpoint(f"{folder}/model_last.pt")
+    source = given.get("load_url")
+    if given.get("sample_only"):
+        source = source or given.get("save_path") or f"{folder}/model_best.pt"
+    return load_checkpoint(source) if source else None
+
+
 def run(given: dict) -> dict:
     """Train, then sample; or only sample. All that can be wrong is found before anything is written. The metrics."""
-    folder = given.get("run_dir", Config.run_dir)
-    resume, sample_only, source = (given.get(name) for name in ("resume", "sample_only", "load_url"))
-    if resume and (source or sample_only):
-        raise Stop("--resume continues a run: leave out --load_url and --sample_only")
-    if resume:
-        source = f"{folder}/model_last.pt"
-    elif sample_only:
-        source = source or given.get("save_path") or f"{folder}/model_best.pt"
-    saved = load_checkpoint(source) if source else None
-    given = inherit(given, saved)
+    saved = load_source(given)
+    given = inherit(given, saved)  # what a checkpoint says of options
     device = pick_device(given.get("device", "auto"))
-    text = "" if sample_only else read_corpus(given.get("input", Config.input))
+    text = "" if given.get("sample_only") else read_corpus(given.get("input", Config.input))
     tokenizer = make_tokenizer(given, text, saved)
     tokenizer.encode(given.get("prompt", ""))  # does it know all of it?
     train_text, val_text = split_corpus(text)
     train_ids = tokenizer.encode(train_text)
     val_ids = torch.cat((train_ids[-1:], tokenizer.encode(val_text)))
     config = make_config(given, device, len(train_ids))
-    check_targets(config)
-    if not sample_only and (len(train_ids) <= config.block_size or len(val_ids) < 2):
-        raise Stop(f"{config.input} is too short ({len(text):,} characters) for --block_size {config.block_size}: lower it, "
-                   "or bring more text")
-    check_memory(config, tokenizer.vocab_size)
+    check_targets(config)  # before anything is written
+    if config.sample_only:
+        model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
+        model.load_state_dict(saved["model"])
+        write_samples(model, tokenizer, config, saved["context"])
+        return best_of(saved["history"])
+    if len(train_ids) <= config.block_size or len(val_ids) < 2:
+        raise Stop(f"{config.input} is too short ({len(text):,} characters) for --block_size {config.block_size}: "
+                   "lower it, or bring more text")
+    facts = make_facts(config, tokenizer, text, train_ids, device)
+    if config.resume and facts["corpus_sha256"] != saved["corpus_sha256"]:
+        raise Stop(f"--input {config.input} (SHA-256 {facts['corpus_sha256'][:8]}) is not the text that this run began "
+                   f"with ({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
+    join_processes(facts)
+    with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():
+        say(f"{config.size}, {config.recipe}, {facts['params']:,} parameters on {device} in {facts['dtype']}; "
+            f"{len(text):,} characters, {facts['vocab_size']:,} entries in the vocabulary, "
+            f"each seen {facts['tokens_per_vocab_entry']:,.1f} times")
+        return train_and_sample(config, tokenizer, train_ids, val_ids, facts, saved, device)
+
+
+def train_and_sample(config: Config, tokenizer, train_ids, val_ids, facts: dict, saved: dict | None, device) -> dict:
+    """A run, once its folder is open. Returns the metrics."""
+    tokens = config.max_iters * facts["tokens_per_step"]
+    say(f"{config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {tokens / len(train_ids):.1f} passes over the text")
+    if config.resume and config.max_iters > saved["config"]["max_iters"]:
+        say(f"note: the learning rate is planned anew for {config.max_iters} steps")
+    keep_memory()
     torch.manual_seed(config.seed)
     model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
     if saved:
         model.load_state_dict(saved["model"])
-    if sample_only:
-        write_samples(model, tokenizer, config, saved["context"])
-        return best_of(saved["history"])
-
-    facts = make_facts(config, tokenizer, model, text, train_ids)
-    if resume and facts["corpus_sha256"] != saved["corpus_sha256"]:
-        raise Stop(f"--input {config.input} (SHA-256 {facts['corpus_sha256'][:8]}) is not the text that this run began with "
-                   f"({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
-    join_processes(facts)
-    keep_memory()
-    with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():
-        passes = config.max_iters * facts["tokens_per_step"] / len(train_ids)
-        say(f"{config.size}, {config.recipe}, {facts['params']:,} parameters on {device} in {facts['dtype']}: {len(text):,} "
-            f"characters, {config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {passes:.1f} passes over the text")
-        say(f"{facts['vocab_size']:,} entries in the vocabulary, each seen {facts['tokens_per_vocab_entry']:,.1f} times; "
-            f"{facts['chars_per_token']:.2f} characters a token")
-        if resume and config.max_iters > saved["config"]["max_iters"]:
-            say(f"note: the learning rate is planned anew for {config.max_iters} steps")
-        history = train(config, model, tokenizer, train_ids, val_ids, facts, saved if resume else None)
-        if RANK == 0:
-            best = load_checkpoint(f"{folder}/model_best.pt")
-            model.load_state_dict(best["model"])
-            write_samples(model, tokenizer, config, best["context"])
-        return write_report(folder, history, facts)
+    history = train(config, model, tokenizer, train_ids, val_ids, facts, saved if config.resume else None)
+    if RANK == 0:
+        best = load_checkpoint(f"{config.run_dir}/model_best.pt")
+        model.load_state_dict(best["model"])
+        write_samples(model, tokenizer, config, best["context"])
+    return write_report(config.run_dir, history, facts)
 
 
 def main(argv=None) -> dict:

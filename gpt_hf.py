@@ -23,10 +23,14 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+
+# Before torch is loaded: its threads would spin while they wait for each other, and starve beside a second busy program.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.distributed as dist
@@ -228,6 +232,7 @@ def load_pretrained(source: str, config: Config, device) -> SimpleNamespace:
             tokenizer = AutoTokenizer.from_pretrained(source, **where)
             model, report = AutoModelForCausalLM.from_pretrained(source, config=settings, dtype=torch.float32,
                                                                  output_loading_info=True, **where)
+            model.tie_weights()  # transformers before 5.4 leaves apart what a .bin file holds twice
             break
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as e:
             reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
@@ -529,6 +534,7 @@ class FineTuning:
         trainer = Trainer(self.base.model, args, collate, self.data.blocks, processing_class=self.base.tokenizer,
                           callbacks=[type("Callback", (TrainerCallback,), calls)()])
         trainer.remove_callback(PrinterCallback)
+        warnings.filterwarnings("ignore", "mtime may not be reliable")  # an early transformers on the order of checkpoints
         hidden = self.rank > 0 or not (sys.stderr.isatty() or IN_NOTEBOOK)  # a file gets lines, not a bar
         with catch_signals() as self.caught, tqdm(
                 total=self.total, initial=self.state.global_step, unit="step", leave=False, dynamic_ncols=True,

@@ -83,6 +83,8 @@ def option(default, help, low=0, high=1e9, choices=None):
 @dataclass(frozen=True)
 class Config:
     """Every option: its name, type, default and help. None: set by --size or --recipe."""
+    seed: int = option(2115, "seed of everything random", 0, 2**62)
+    # files
     input: str = option("assets/input/input2.txt", "the text to learn from")
     run_dir: str = option("assets/tiktoken_model", "folder for everything that the run writes")
     save_path: str = option("", "best checkpoint (default: RUN_DIR/model_best.pt)")
@@ -90,12 +92,15 @@ class Config:
     resume: bool = option(False, "continue from RUN_DIR/model_last.pt")
     load_url: str = option("", "start from the checkpoint at this http(s) or file address")
     sample_only: bool = option(False, "do not train: load the best checkpoint and write samples")
-    tokenizer: str = option("auto", "auto: the file at --tokenizer_path, else tiktoken's, else a custom one",
+    # the model
+    # the tokenizer
+    tokenizer: str = option("auto", "auto: --tokenizer_path, else tiktoken's, else a custom one",
                             choices=("auto", "tiktoken", "custom", "polish"))
-    tokenizer_path: str = option("", "tokenizer.json, or folder with vocab.json, merges.txt; custom: made if missing")
-    encoding: str = option("gpt2", "tiktoken's encoding", choices=("gpt2", "cl100k_base", "o200k_base"))
+    tokenizer_path: str = option("", "a tokenizer.json, or a folder with vocab.json and merges.txt; "
+                                     "custom: made if missing")
+    encoding: str = option("gpt2", "tiktoken's", choices=("gpt2", "cl100k_base", "o200k_base"))
     vocab_size: int = option(2000, "entries of a custom tokenizer", 257, 2**20)
-    prune_vocab: bool = option(False, "keep the entries that the training text uses; spell all else with bytes")
+    prune_vocab: bool = option(False, "keep the entries that the text uses; spell all else with bytes")
     size: str = option("auto", "auto: base on a GPU, else tiny", choices=("auto", *SIZES))
     recipe: str = option("modern", "modern, or the original's classic", choices=tuple(RECIPES))
     n_layer: int = option(None, "transformer blocks", 1, 1000)
@@ -104,6 +109,7 @@ class Config:
     block_size: int = option(None, "context: how many tokens the model sees", 2)
     dropout: float = option(None, "share of activations zeroed in training", 0, 0.99)
     grow: int = option(None, "start with short rows that double in length this many times", 0, 10)
+    # training
     batch_size: int = option(None, "rows in a batch (per process)", 1, 2**20)
     grad_accum: int = option(1, "batches whose gradients are added up before a step", 1)
     max_iters: int = option(None, f"steps; modern: by default {EPOCHS} passes over the text", 1)
@@ -115,10 +121,11 @@ class Config:
     eval_iters: int = option(0, "evaluate on at most N batches (0: the whole validation split)")
     patience: int = option(10, "stop after N evaluations without a better loss (0: never)")
     sample_interval: int = option(None, "write a few lines every N steps (0: never)")
+    # the computer
     device: str = option("auto", "auto: the first available", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "auto: the fastest", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = option(False, "torch.compile the model")
-    seed: int = option(2115, "seed of everything random", 0, 2**62)
+    # sampling
     prompt: str = option("", "text to continue (default: start a new song)")
     num_samples: int = option(1, "texts to write", 1)
     max_new_tokens: int = option(500, "length of each text, in tokens", 1)
@@ -135,20 +142,20 @@ END = "\0"  # that token inside this program; no text file holds this character
 
 
 def learn_merges(words: Counter, count: int) -> list[tuple[str, str]]:
-    """How a BPE is learned (Sennrich et al., arXiv:1508.07909), by hand: join the most frequent pair, again and again.
+    """How a BPE is learned (Sennrich et al., arXiv:1508.07909): join the most frequent pair, again and again.
 
-    words: how often each word stands in the text. The result: the first `count` pairs that are joined.
-    Example: learn_merges(Counter(["tak", "tam", "tu"]), 1) is [("t", "a")]. The library does the same,
-    thousands of times as fast.
+    words: how often each word stands in the text. Returns the first `count` pairs that are joined. The
+    library does the same, far more quickly. Example: learn_merges(Counter(["tak", "tam", "tu"]), 1) is
+    [("t", "a")].
     """
     split = {word: list(word) for word in words}  # at first into single symbols
     merges = []
     for _ in range(count):
-        pairs = Counter()
+        pairs = Counter()  # how often two pieces stand side by side
         for word, pieces in split.items():
             for pair in itertools.pairwise(pieces):
                 pairs[pair] += words[word]
-        if not pairs:
+        if not pairs:  # each word is one piece
             break
         best = max(pairs, key=pairs.get)
         merges.append(best)
@@ -157,7 +164,7 @@ def learn_merges(words: Counter, count: int) -> list[tuple[str, str]]:
 
 
 def join(pieces: list[str], pair: tuple[str, str]) -> list[str]:
-    """Make one piece of each pair that stands side by side. join(["t", "a", "k"], ("t", "a")) is ["ta", "k"]."""
+    """Make each such pair one piece. Example: join(["t", "a", "k"], ("t", "a")) is ["ta", "k"]."""
     joined = []
     for piece in pieces:
         if joined and (joined[-1], piece) == pair:
@@ -168,33 +175,26 @@ def join(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def cut_word(word: str, merges: list[tuple[str, str]]) -> list[str]:
-    """How a word is cut into pieces: all merges, in the order in which they were learned."""
+    """How a word is cut: joined again from its symbols, by all merges in the order they were learned."""
     pieces = list(word)
     for pair in merges:
         pieces = join(pieces, pair)
     return pieces
 
 
-def byte_symbols() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary (Radford et al., 2019, GPT-2's encoder.py)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
 class BPETokenizer:
-    """Text to numbers and back with a byte-level BPE. Example: encode("sto lat") may be tensor([812, 466]).
+    """Text to numbers and back with a byte-level BPE. encode("sto lat") may be tensor([812, 466]).
 
-    A token stands for a few bytes, often a word or a part of one. There is a token for each single byte, so
-    any text can be written, and comes back character for character. source: a tokenizer.json. keep: with
-    --prune_vocab, the entries that stay; all others are spelt with their bytes.
+    A token stands for a few bytes, often a word or a part of one. There is one for each single byte, so any
+    text can be written, and comes back character for character. source: a tokenizer.json. keep: with
+    --prune_vocab the entries that stay; all others are spelt with their bytes.
     """
 
     def __init__(self, source: str, keep: list[int] | None = None, start: str = END):
         self.state = dict(source=source, keep=keep, start=start)  # what a checkpoint keeps
         self.start = start  # what a text without a prompt starts from
         self.core = library(Tokenizer.from_str, source)
-        self.core.encode_special_tokens = True  # the words <|endoftext|> inside a line mean nothing special
+        self.core.encode_special_tokens = True  # <|endoftext|> inside a line means nothing special
         self.core.model.dropout = None  # some files ask for random cuts,
         self.core.no_truncation()  # for short texts,
         self.core.no_padding()  # or for texts of one length
@@ -202,7 +202,7 @@ class BPETokenizer:
             self.core.add_special_tokens([END_TEXT])
         byte_of, vocab = byte_symbols(), self.core.get_vocab()
         if any(symbol not in vocab for symbol in byte_of) or self.core.decoder is None:
-            raise Stop("that tokenizer is not a byte-level one with its decoder: it would lose characters; take another")
+            raise Stop("that tokenizer is no byte-level one with a decoder: it would lose characters")
         pieces = [b""] * (max(vocab.values()) + 1)  # the bytes of each entry
         for token, i in vocab.items():
             known = all(symbol in byte_of for symbol in token)
@@ -213,28 +213,30 @@ class BPETokenizer:
         if keep is not None:
             new = {old: i for i, old in enumerate(keep)}
             byte = {value: new[vocab[symbol]] for symbol, value in byte_of.items()}
-            self.spell = [[new[i]] if i in new else [byte[b] for b in piece] for i, piece in enumerate(pieces)]
+            self.spell = [[new[i]] if i in new else [byte[b] for b in piece]
+                          for i, piece in enumerate(pieces)]
             pieces, self.end = [pieces[i] for i in keep], new[self.end]
         self.pieces, self.vocab_size = pieces, len(pieces)
-        # A character has one byte that does not look like 10xxxxxx: counting those counts characters.
+        # Each character has one byte that does not look like 10xxxxxx: they are counted.
         self.chars = torch.tensor([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces])
 
     def encode(self, text: str) -> torch.Tensor:
         """Token numbers, shape (n,), in a small integer type."""
-        # Between a line break and a letter every such tokenizer cuts anyway: lines can be encoded side by side.
+        # Every such tokenizer cuts between a line break and a letter: lines can be encoded one by one.
         cuts = (cut.start() for cut in re.finditer(rf"(?={END})|(?<=[^\s{END}]\n)(?=[^\s/])", text))
         bounds = itertools.pairwise(itertools.chain([0], cuts, [len(text)]))
         lines, parts = (text[start:end] for start, end in bounds), []
         end = self.core.token_to_id(END_TEXT)
+        small = torch.uint16 if self.vocab_size <= 2**16 else torch.int32
         while batch := list(itertools.islice(lines, 10_000)):  # not all at once, to save memory
             ids = []
-            songs = [line.removeprefix(END) for line in batch]
+            songs = [line.removeprefix(END) for line in batch]  # a line may begin a song
             coded = self.core.encode_batch_fast(songs, add_special_tokens=False)
             for line, code in zip(batch, coded):
                 ids += [end] * line.startswith(END) + code.ids
-            if self.spell:
+            if self.spell:  # pruned: several bytes for an entry that is gone
                 ids = [new for old in ids for new in self.spell[old]]
-            parts.append(torch.tensor(ids, dtype=torch.uint16 if self.vocab_size <= 2**16 else torch.int32))
+            parts.append(torch.tensor(ids, dtype=small))
         return torch.cat(parts)
 
     def decode(self, ids: torch.Tensor) -> str:
@@ -242,7 +244,7 @@ class BPETokenizer:
         return b"".join(self.pieces[i] for i in ids.tolist()).decode("utf-8", "ignore")
 
     def stream(self, ids):
-        """Yield the text of each token number as it comes; a character of several tokens comes with the last one."""
+        """Yield the text of each token number as it comes; a character's comes with its last token."""
         decoder = codecs.getincrementaldecoder("utf-8")("ignore")
         return (decoder.decode(self.pieces[i]) for i in ids)
 
@@ -253,158 +255,42 @@ class BPETokenizer:
     def describe(self, text: str, ids: torch.Tensor) -> dict:
         """What the vocabulary makes of the training text. Density: how often an entry is seen."""
         size, words = self.vocab_size, sum(1 for _ in re.finditer(r"\w+", text))
-        seen = sum(torch.bincount(part.int(), minlength=size) for part in ids.split(2**20))
-        return dict(vocab_size=size, tokens=len(ids), chars_per_token=len(text) / len(ids),
-                    tokens_per_word=len(ids) / max(1, words), tokens_per_vocab_entry=len(ids) / size,
-                    entries_never_seen=(seen == 0).sum().item(), entries_seen_once=(seen == 1).sum().item())
-
-
-def library(call, *args):
-    """What a call of the tokenizers library returns. Stop says what it did not like."""
-    try:
-        return call(*args)
-    except Exception as e:
-        if type(e) is not Exception:  # the library raises nothing narrower
-            raise
-        raise Stop(f"this holds no tokenizer ({e}): give a tokenizer.json, or a folder with vocab.json "
-                   "and merges.txt") from None
+        seen = sum(torch.bincount(part.int(), minlength=size) for part in ids.split(2**20))  # (size,)
+        return dict(
+            vocab_size=size, tokens=len(ids), tokens_per_word=len(ids) / max(1, words),
+            chars_per_token=len(text) / len(ids), tokens_per_vocab_entry=len(ids) / size,
+            entries_never_seen=(seen == 0).sum().item(), entries_seen_once=(seen == 1).sum().item())
 
 
 def byte_level(model: models.BPE) -> Tokenizer:
     """A BPE over bytes as GPT-2 has it: words with the space before them, nothing lost."""
     core = Tokenizer(model)
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # words, as bytes
+    core.decoder = decoders.ByteLevel()
     return core
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of the text's own words. Stop if the text is too short for so many entries."""
+    """A byte-level BPE of the text's own words, one song at a time. Stop if they are too few for it."""
     core = byte_level(models.BPE())
     core.train_from_iterator(text.split(END), trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_TEXT], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    if core.get_vocab_size() < vocab_size:
-        raise Stop(f"--vocab_size {vocab_size} is too large for this text: it makes {core.get_vocab_size()} entries at most")
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # an entry for each byte, seen or not
+    size = core.get_vocab_size()
+    if size < vocab_size:
+        raise Stop(f"--vocab_size {vocab_size} is too large for this text: it makes {size} entries at most")
     return core
-
-
-def tiktoken_tokenizer(name: str) -> Tokenizer:
-    """OpenAI's encoding, downloaded at first use, as a tokenizer.json that a checkpoint can hold. OSError without network."""
-    encoding = tiktoken.get_encoding(name)
-    ranks, symbols = encoding._mergeable_ranks, {byte: symbol for symbol, byte in byte_symbols().items()}
-    written = {piece: "".join(symbols[byte] for byte in piece) for piece in ranks}
-    merges = []  # tiktoken joins any two pieces that make up an entry, early entries first
-    for piece in sorted(ranks, key=ranks.get):
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        pairs = [(ranks[a], ranks[b], written[a], written[b]) for a, b in pairs if a in ranks and b in ranks]
-        merges += [(a, b) for _, _, a, b in sorted(pairs)]
-    vocab = {written[piece]: rank for piece, rank in ranks.items()}
-    core = byte_level(models.BPE(vocab, merges, ignore_merges=True))
-    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # to the other engine that + would mean: again and again
-    core.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    core.add_special_tokens([END_TEXT])
-    return core
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, or in a folder with one or with vocab.json and merges.txt. Stop if it is none."""
-    try:
-        if path.is_dir() and not (path / "tokenizer.json").exists():
-            return byte_level(library(models.BPE.from_file, str(path / "vocab.json"), str(path / "merges.txt")))
-        core = library(Tokenizer.from_file, str(path / "tokenizer.json" if path.is_dir() else path))
-        if not isinstance(core.model, models.BPE):
-            raise Stop("its tokenizer is not of BPE kind: take another")
-        return core
-    except Stop as e:
-        raise Stop(f"--tokenizer_path {path}: {e}") from None
-
-
-def find_tokenizer(given: dict, text: str) -> tuple[Tokenizer, str]:
-    """The tokenizer that was asked for, and what it is; auto: the file, else tiktoken's, else one of the text's own."""
-    kind, path = given.get("tokenizer", Config.tokenizer), Path(given.get("tokenizer_path", ""))
-    named = path != Path()
-    if kind == "tiktoken" and named:
-        raise Stop("--tokenizer tiktoken takes no --tokenizer_path: leave one of them out")
-    if "vocab_size" in given and kind != "custom":
-        raise Stop("--vocab_size needs --tokenizer custom")
-    if named and (path.exists() or kind == "polish"):
-        return read_tokenizer(path), str(path)
-    if kind == "polish":
-        from transformers import AutoTokenizer
-        try:
-            return AutoTokenizer.from_pretrained(POLISH).backend_tokenizer, POLISH
-        except OSError as e:
-            raise Stop(f"cannot fetch the tokenizer of {POLISH} ({type(e).__name__}): go online once, or give a copy "
-                       "of it as --tokenizer_path") from None
-    note = ""
-    if kind in ("auto", "tiktoken"):
-        encoding = given.get("encoding", Config.encoding)
-        try:
-            return tiktoken_tokenizer(encoding), f"tiktoken's {encoding}"
-        except (OSError, ValueError) as e:  # ValueError: something else came in place of the file
-            note = f", as tiktoken's {encoding} cannot be fetched ({type(e).__name__})"
-            if kind == "tiktoken":
-                raise Stop(f"{note[5:]}: go online once, set TIKTOKEN_CACHE_DIR to a folder that holds it, "
-                           "or take --tokenizer custom") from None
-    size = given.get("vocab_size", Config.vocab_size)
-    core = train_tokenizer(split_corpus(text)[0], size)
-    return core, f"custom, {size:,} entries from the training part{note}"
-
-
-def make_tokenizer(given: dict, text: str, checkpoint: dict | None) -> BPETokenizer:
-    """The checkpoint's tokenizer, or a new one for the text. Stop if it would lose a character of the text."""
-    path = Path(given.get("tokenizer_path", ""))
-    if checkpoint:
-        tokenizer = BPETokenizer(**checkpoint["tokenizer"])
-        if path != Path() and path.exists():
-            keep = tokenizer.state["keep"]
-            core = read_tokenizer(path)
-            if keep and max(keep) >= core.get_vocab_size() or BPETokenizer(core.to_str(), keep).pieces != tokenizer.pieces:
-                raise Stop(f"--tokenizer_path {path} is not the tokenizer of the checkpoint: leave it out")
-        return tokenizer
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
-    if path != Path() and not path.exists() and not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise Stop(f"cannot write --tokenizer_path {path}: choose another")
-    core, name = find_tokenizer(given, text)
-    source, start = core.to_str(), next((char for char in END + "\n" if char in text), text[:1])
-    tokenizer = BPETokenizer(source, start=start)
-    for begin in range(0, len(text), 2**20):  # in parts, to save memory
-        part = text[begin:begin + 2**20]
-        if tokenizer.decode(tokenizer.encode(part)) != part:
-            raise Stop("that tokenizer loses characters of the text: take another")
-    if given.get("prune_vocab"):
-        seen = set(tokenizer.encode(split_corpus(text)[0]).tolist())
-        single = {i for i, piece in enumerate(tokenizer.pieces) if len(piece) == 1}  # bytes, end of a song
-        tokenizer = BPETokenizer(source, sorted(seen | single), start)
-    say(f"tokenizer: {name}")
-    show_pieces(tokenizer, text)
-    return tokenizer
 
 
 def show_pieces(tokenizer: BPETokenizer, text: str):
-    """Print a line of the text with its pieces marked, and what a BPE of this text would join first."""
+    """Print a line of the text with its pieces marked, and what a BPE of its words would join first."""
     line = next((line for line in re.split(f"[\n{END}]", text) if len(line) > 30), text[:60])
     pieces = [tokenizer.pieces[i].decode("utf-8", "replace") for i in tokenizer.encode(line).tolist()]
-    words = Counter(re.findall(r"\w+", text[:200_000]))
-    merges = learn_merges(words, 8)
-    longest = max(words, key=lambda word: len(cut_word(word, [])) - len(cut_word(word, merges)), default="")
     say(f"pieces: {'|'.join(pieces)}")
-    say("a BPE of this text joins first " + ", ".join(f"{a}+{b}" for a, b in merges)
-        + f": {'|'.join(cut_word(longest, merges))}")
-
-
-def save_tokenizer(tokenizer: BPETokenizer, config: Config):
-    """Write RUN_DIR/tokenizer.json and, if there is none, the file at --tokenizer_path."""
-    given = Path(config.tokenizer_path)
-    paths = [Path(config.run_dir, "tokenizer.json")]
-    if config.tokenizer_path and not config.resume and not given.exists():
-        given.parent.mkdir(parents=True, exist_ok=True)
-        paths.append(given)
-    for path in paths:
-        with replacing(path) as file:
-            file.write(tokenizer.state["source"].encode())
+    merges = learn_merges(Counter(re.findall(r"\w+", text[:200_000])), 8)  # by hand, so not of all
+    word = next((word for word in re.findall(r"\w+", line) if len(cut_word(word, merges)) < len(word)), "")
+    say("a BPE of this text begins with " + ", ".join(f"{a}+{b}" for a, b in merges)
+        + f": {'|'.join(cut_word(word, merges))}")
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -415,7 +301,7 @@ def split_corpus(text: str) -> tuple[str, str]:
     """
     target, low, high = (round(len(text) * share) for share in (0.90, 0.85, 0.95))
     for mark in (END, "\n"):
-        cuts = [text.rfind(mark, 0, target) + 1, text.find(mark, target) + 1]
+        cuts = [text.rfind(mark, 0, target) + 1, text.find(mark, target) + 1]  # before it, after it
         cuts = [cut for cut in cuts if max(low, 1) <= cut <= min(high, len(text) - 1)]
         if cuts:
             target = min(cuts, key=lambda cut: abs(cut - target))
@@ -429,15 +315,15 @@ def row_length(config: Config, step: int) -> int:
     What stands near is learned first, and short rows are quick, as attention looks at all pairs of
     positions (Press et al., "Shortformer", arXiv:2012.15832).
     """
-    doublings_left = config.grow - step * (config.grow + 1) // config.max_iters
+    doublings_left = config.grow - step * (config.grow + 1) // config.max_iters  # grow, ..., 1, 0
     return max(1, config.block_size // 2**doublings_left)
 
 
-@functools.lru_cache(2)  # once an epoch, not once a row
+@functools.lru_cache(2)  # once an epoch, not once a step
 def shuffled_windows(length: int, size: int, seed: int) -> torch.Tensor:
     """Where an epoch's windows begin, shape (length // size,): the text is a ring, cut at random, then every `size`."""
     generator = torch.Generator().manual_seed(seed)
-    cut = torch.randint(length, (1,), generator=generator)
+    cut = torch.randint(length, (1,), generator=generator)  # elsewhere in each epoch
     return cut + size * torch.randperm(max(1, length // size), generator=generator)
 
 
@@ -447,20 +333,23 @@ def draw_batch(ids, config: Config, step: int, rank: int, world: int) -> torch.T
     classic: windows anywhere. modern: epochs, so that nothing is read twice before all is read. The draw
     depends on seed and step alone: a resumed run sees what an uninterrupted one would have seen.
     """
-    size = row_length(config, step)
+    size = row_length(config, step)  # T
     rows = config.batch_size * (config.block_size // size)  # where rows are shorter, there are more
-    count = config.grad_accum * rows * world
+    count = config.grad_accum * rows * world  # rows in this step, in all processes
     if config.recipe == "classic":
         generator = torch.Generator().manual_seed(hash((config.seed, step)))
         starts = torch.randint(len(ids) - size, (count,), generator=generator)[rank::world]
     else:
-        per_epoch = max(1, len(ids) // size)
-        read = range(step * count + rank, (step + 1) * count, world)  # of all rows, first to last
-        starts = torch.stack([
-            shuffled_windows(len(ids), size, hash((config.seed, row // per_epoch)))[row % per_epoch]
-            for row in read])
+        per_epoch = max(1, len(ids) // size)  # rows
+        numbers = torch.arange(step * count + rank, (step + 1) * count, world)  # of all rows ever
+        first, last = step * count // per_epoch, ((step + 1) * count - 1) // per_epoch
+        epochs = [shuffled_windows(len(ids), size, hash((config.seed, epoch)))
+                  for epoch in range(first, last + 1)]  # a step may end one and begin another
+        starts = torch.cat(epochs)[numbers - first * per_epoch]
     places = starts[:, None] + torch.arange(size + 1)  # (rows, T + 1)
-    return ids[places % len(ids)].long().view(config.grad_accum, rows, size + 1)
+    # By numpy: torch before 2.10 takes no entries out of 16-bit numbers, as stage 2 has them.
+    read = torch.from_numpy(ids.numpy()[(places % len(ids)).numpy()])
+    return read.long().view(config.grad_accum, rows, size + 1)
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -470,7 +359,7 @@ def rotate(x, rope):
     The product of a query and a key then depends on how far apart they stand. x: (..., T, hs).
     """
     cos, sin = rope.to(x.dtype)  # (T, hs / 2) each
-    a, b = x.chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)  # the pairs: one number from each half
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
@@ -483,7 +372,7 @@ class MultiHeadAttention(nn.Module):
         self.query = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.key = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.value = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.modern)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.modern)  # mixes the heads
         self.dropout = Dropout(config.dropout)
         if self.modern:  # QK-norm (Henry et al., arXiv:2010.04245) keeps the scores within bounds
             self.qk_norm = nn.LayerNorm(config.n_embd // config.n_head, bias=False)
@@ -529,7 +418,7 @@ class FeedForward(nn.Module):
         if self.modern:
             x = F.silu(self.gate(x)) * self.up(x)  # (B, T, hidden)
         else:
-            x = F.relu(self.up(x))
+            x = F.relu(self.up(x))  # (B, T, 4C)
         return self.dropout(self.down(x))
 
 
@@ -546,21 +435,21 @@ class Block(nn.Module):
 
     def forward(self, x, mask, rope=None, cache=None):
         """Shape in and out: (B, T, C)."""
-        x = x + self.attention(self.norm1(x), mask, rope, cache)
-        return x + self.feed_forward(self.norm2(x))
+        x = x + self.attention(self.norm1(x), mask, rope, cache)  # look back
+        return x + self.feed_forward(self.norm2(x))  # think
 
 
 class SlicedLoss(torch.autograd.Function):
-    """Mean cross-entropy of a linear head without ever holding all logits: 16,384 tokens x 50,257 entries are 3.3 GB a copy.
+    """Mean cross-entropy of a linear head that never holds all logits: of 16,384 tokens they are 3.3 GB a copy.
 
-    The tokens go through the head a slice at a time, and each slice leaves its part of the gradients at once,
-    in float32.
+    The tokens go through the head a slice at a time, and each slice leaves its part of the gradients at
+    once, in float32.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets):
-        """The loss in nats per token. x: (N, C); weight: (V, C); bias: (V,) or None; targets: (N,), -100 is not counted."""
-        count, total = (targets >= 0).sum(), 0
+        """The loss in nats per token. x: (N, C); weight: (V, C); bias: (V,) or None; targets: (N,), -100: none."""
+        count, total = (targets >= 0).sum(), 0  # of tokens, of nats
         learns = ctx.needs_input_grad[0]  # not in evaluation
         grads = [torch.zeros_like(t, dtype=torch.float32) if learns and t is not None else None
                  for t in (x, weight, bias)]
@@ -573,11 +462,11 @@ class SlicedLoss(torch.autograd.Function):
                 if not learns:
                     continue
                 told = (target >= 0)[:, None] / count  # (n, 1): what each token's loss weighs
-                error = logits.softmax(dim=-1)  # the gradient of cross-entropy: expected less what came
+                error = logits.softmax(dim=-1)  # the gradient: what was expected, less what came
                 error.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(told))
                 error *= told
-                torch.mm(error, weight, out=grads[0][start:start + size])
-                grads[1].addmm_(error.T, part)
+                torch.mm(error, weight, out=grads[0][start:start + size])  # (n, C)
+                grads[1].addmm_(error.T, part)  # (V, C)
                 if bias is not None:
                     grads[2] += error.sum(dim=0)
         ctx.save_for_backward(*grads)
@@ -595,14 +484,14 @@ class GPTLanguageModel(nn.Module):
     def __init__(self, config: Config, vocab_size: int):
         super().__init__()
         self.modern = config.recipe == "modern"
-        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)  # C numbers for each token
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd, bias=not self.modern)
+        self.norm = nn.LayerNorm(config.n_embd, bias=not self.modern)  # before the head
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=not self.modern)
-        T = config.block_size
+        T = config.block_size  # the context
         self.register_buffer("mask", torch.full((T, T), -math.inf).triu(1), persistent=False)
         if self.modern:
-            head_size = config.n_embd // config.n_head
+            head_size = config.n_embd // config.n_head  # hs
             speed = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)  # radians per position
             angles = torch.outer(torch.arange(T), speed)  # (T, hs / 2)
             self.register_buffer("rope", torch.stack((angles.cos(), angles.sin())), persistent=False)
@@ -622,7 +511,7 @@ class GPTLanguageModel(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, past=0):
         """Logits (B, T, vocab_size), or with targets (B, T) the mean loss. idx: (B, T), after `past` cached ones."""
-        S = past + idx.size(1)
+        S = past + idx.size(1)  # all positions so far, the last T of them new
         x = self.token_embedding(idx)  # (B, T, C)
         rope = self.rope[:, past:S] if self.modern else None
         if not self.modern:
@@ -645,7 +534,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
         return orthogonalize(matrices.mT, steps).mT
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        a = x @ x.mT
+        a = x @ x.mT  # (n, rows, rows)
         a = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a a
         x = torch.baddbmm(x, a, x, beta=3.4445)  # 3.4445 x + a x
     return x
@@ -665,12 +554,12 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """One step for all parameters."""
         for group in self.param_groups:
-            params, lr, beta = group["params"], group["lr"], group["momentum"]
+            params, lr, beta = group["params"], group["lr"], group["momentum"]  # matrices of one shape
             grad = torch.stack([p.grad for p in params])  # (n, rows, cols)
             momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad))
-            momentum.lerp_(grad, 1 - beta)
+            momentum.lerp_(grad, 1 - beta)  # a running mean of the gradients
             updates = orthogonalize(grad.lerp_(momentum, beta))  # Nesterov: look one step ahead
-            scale = 0.2 * math.sqrt(max(params[0].shape))
+            scale = 0.2 * math.sqrt(max(params[0].shape))  # as large as a typical step of AdamW
             for p, update in zip(params, updates):
                 p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * scale)
 
@@ -681,7 +570,7 @@ def make_optimizers(model: GPTLanguageModel, config: Config) -> list[torch.optim
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
     if config.recipe == "classic":
         return [torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=fused)]
-    shapes, rest = {}, []
+    shapes, rest = {}, []  # matrices of one shape are orthogonalized together
     for name, p in model.named_parameters():
         if "blocks" in name and p.ndim == 2:
             shapes.setdefault(p.shape, []).append(p)
@@ -695,8 +584,8 @@ def learning_rate(config: Config, step: int) -> float:
     """classic: constant. modern: linear warm-up, then linear decay, to zero at max_iters."""
     if config.recipe == "classic":
         return config.learning_rate
-    rise = (step + 1) / (config.warmup_iters + 1)
-    fall = (config.max_iters - step) / max(1, config.max_iters - config.warmup_iters)
+    rise = (step + 1) / (config.warmup_iters + 1)  # small steps at first
+    fall = (config.max_iters - step) / max(1, config.max_iters - config.warmup_iters)  # and at last
     return config.learning_rate * min(rise, fall)
 
 
@@ -710,17 +599,17 @@ def evaluate(model, ids, tokenizer, config: Config, context: int) -> tuple[float
     """
     model.eval()
     device = next(model.parameters()).device
-    rows = config.batch_size * (config.block_size // context)
+    rows = config.batch_size * (config.block_size // context)  # as many tokens as in training
     lacking = -(len(ids) - 1) % context  # tokens that the last window is short of
     inputs = F.pad(ids[:-1].long(), (0, lacking)).view(-1, context).split(rows)
-    targets = F.pad(ids[1:].long(), (0, lacking), value=-100).view(-1, context).split(rows)
-    nats = tokens = chars = 0
+    targets = F.pad(ids[1:].long(), (0, lacking), value=-100).view(-1, context).split(rows)  # -100: none
+    nats = tokens = chars = 0  # sums
     for x, y in list(zip(inputs, targets))[:config.eval_iters or None]:  # (B, T) each
-        told = y[y >= 0]  # -100 stands for no target
+        told = y[y >= 0]  # the last window may be short
         with mixed_precision(config.dtype, device):
             nats += model(x.to(device), y.to(device)).item() * len(told)
         tokens += len(told)
-        chars += tokenizer.count_chars(told)
+        chars += tokenizer.count_chars(told)  # a token may stand for several
     return nats / tokens, nats / (math.log(2) * chars)
 
 
@@ -728,9 +617,9 @@ def evaluate(model, ids, tokenizer, config: Config, context: int) -> tuple[float
 def draw_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one token a row from the scores: logits (B, vocab_size), result (B,)."""
     if temperature < 1e-6:
-        return logits.argmax(dim=-1)
+        return logits.argmax(dim=-1)  # the likeliest
     scores, order = (logits.float() / temperature).sort(dim=-1, descending=True)
-    probs = scores[:, :top_k or None].softmax(dim=-1)
+    probs = scores[:, :top_k or None].softmax(dim=-1)  # (B, k), the likeliest first
     if probs.isnan().any():
         raise Stop(NAN, 1)
     if top_p < 1:  # nucleus sampling (Holtzman et al., arXiv:1904.09751)
@@ -746,8 +635,8 @@ def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_
     is full, its last half is kept and read again.
     """
     model.eval()
-    seen = new = idx[:, -context:]
-    cache, past = {}, 0
+    seen = new = idx[:, -context:]  # (B, T)
+    cache, past = {}, 0  # past: how many positions the cache holds
     for _ in range(max_new_tokens):
         if past + new.size(1) > context:
             new, cache, past = seen[:, -(context // 2):], {}, 0
@@ -764,7 +653,7 @@ def sample_text(model, tokenizer, config: Config, context: int, number=0, length
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(hash((config.seed, -1, number)))
     idx = tokenizer.encode(config.prompt or tokenizer.start).long().to(device)[None]  # (1, T)
-    yield config.prompt
+    yield config.prompt  # not drawn, but part of the text
     # On a CPU casts to bfloat16 cost more than they save, with one position at a time.
     with mixed_precision("float32" if device.type == "cpu" else config.dtype, device):
         tokens = generate(model, idx, length or config.max_new_tokens, context,
@@ -780,16 +669,16 @@ def sample_text(model, tokenizer, config: Config, context: int, number=0, length
 def take_step(network, optimizers, scaler, rows, config: Config, step: int) -> torch.Tensor:
     """One optimizer step on rows (grad_accum, B, T + 1). Returns the mean loss, in nats per token."""
     torch.manual_seed(hash((config.seed, step, RANK)))  # for dropout: so there is no state to save
-    network.train()
+    network.train()  # dropout on
     amp = mixed_precision(config.dtype, rows.device)
-    total = 0
+    total = 0  # of the losses
     for batch in rows:  # (B, T + 1)
         with amp:
             loss = network(batch[:, :-1], batch[:, 1:]) / config.grad_accum
-        scaler.scale(loss).backward()
+        scaler.scale(loss).backward()  # in float16 small gradients vanish unless scaled
         total += loss.detach()
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # back to their true size
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
     norm = nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or math.inf)
@@ -810,7 +699,7 @@ def train(config: Config, model, tokenizer, train_ids, val_ids, facts: dict, sav
         network = torch.compile(network, dynamic=False)
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=facts["dtype"] == "float16")
-    history, start, seconds = [], 0, 0.0
+    history, start, seconds = [], 0, 0.0  # seconds of training alone
     if saved:  # continue where the last evaluation left the run
         history, start, seconds = saved["history"], saved["history"][-1]["iter"], saved["history"][-1]["seconds"]
         scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
@@ -845,7 +734,7 @@ def train(config: Config, model, tokenizer, train_ids, val_ids, facts: dict, sav
             return history
 
         # One step.
-        began = time.perf_counter()
+        began = time.perf_counter()  # the clock stands still while it evaluates and writes
         rows = draw_batch(train_ids, config, step, RANK, WORLD).to(device, non_blocking=True)
         losses.append(take_step(network, optimizers, scaler, rows, config, step))
         context = row_length(config, step)  # how far back the model has learned to look
@@ -865,7 +754,7 @@ class Dropout(nn.Dropout):
             return x
         if x.device.type != "cpu":
             return super().forward(x)
-        bound = round(256 * self.p)
+        bound = round(256 * self.p)  # a byte below it means zero
         words = torch.randint(-2**63, 2**63 - 1, (math.ceil(x.numel() / 8),))  # 64 random bits each
         numbers = words.view(torch.uint8)[:x.numel()].view(x.shape).to(x.dtype)
         keep = torch.ge(numbers, bound, out=torch.empty_like(numbers))  # 0 or 1, in x's own type
@@ -964,7 +853,7 @@ def parse_args(argv) -> dict:
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name}", help=f.metadata["help"] + note, **kind)
     given = vars(parser.parse_args(argv))
-    check_values(given)
+    check_values(given)  # the ranges: argparse knows types and choices
     if "prompt" in given:  # bytes that are not UTF-8 come from a shell as lone surrogates: drop them
         given["prompt"] = unicodedata.normalize("NFC", given["prompt"].encode(errors="ignore").decode())
     return given
@@ -978,11 +867,11 @@ def inherit(given: dict, checkpoint: dict | None) -> dict:
     for name in SHAPE:
         if given.get(name, old[name]) != old[name]:
             raise Stop(f"--{name} {given[name]} contradicts the checkpoint's {old[name]}: leave it out, or train anew")
-    names = set(SHAPE)
+    names = set(SHAPE)  # a new run from old weights
     if given.get("resume"):
         if given.get("max_iters", math.inf) < old["max_iters"]:
             raise Stop(f"--max_iters {given['max_iters']} is below the checkpoint's {old['max_iters']}: it may only grow")
-        names = old.keys() - UNINHERITED
+        names = old.keys() - UNINHERITED  # the same run
     return {name: old[name] for name in names} | given
 
 
@@ -1006,10 +895,138 @@ def make_config(given: dict, device: torch.device, tokens: int = 0) -> Config:
     known.setdefault("save_path", f"{run_dir}/model_best.pt")
     known.setdefault("output", f"{run_dir}/output/sample.txt")
     config = Config(**known)
-    head_size, rest = divmod(config.n_embd, config.n_head)
+    head_size, rest = divmod(config.n_embd, config.n_head)  # heads share the width
     if rest or config.recipe == "modern" and head_size % 2:
         raise Stop(f"--n_embd {config.n_embd} must be divisible by --n_head {config.n_head} (modern: into an even number)")
     return config
+
+
+def byte_symbols() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary (Radford et al., 2019, GPT-2's encoder.py)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def library(call, *args):
+    """What a call of the tokenizers library returns. Stop says what it does not like."""
+    try:
+        return call(*args)
+    except Exception as e:
+        if type(e) is not Exception:  # the library raises nothing narrower
+            raise
+        raise Stop(f"no tokenizer ({e}): give a tokenizer.json, or a folder with vocab.json and "
+                   "merges.txt") from None
+
+
+def tiktoken_tokenizer(name: str) -> Tokenizer:
+    """OpenAI's encoding, downloaded at first use, as a tokenizer that a checkpoint can hold. OSError without network."""
+    encoding = tiktoken.get_encoding(name)
+    ranks = encoding._mergeable_ranks  # an entry's bytes -> its number
+    symbols = {byte: symbol for symbol, byte in byte_symbols().items()}
+    written = {piece: "".join(symbols[byte] for byte in piece) for piece in ranks}
+    merges = []  # tiktoken joins any two pieces that make up an entry, early entries first
+    for piece in sorted(ranks, key=ranks.get):
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        pairs = [(ranks[a], ranks[b], a, b) for a, b in pairs if a in ranks and b in ranks]
+        merges += [(written[a], written[b]) for _, _, a, b in sorted(pairs)]
+    vocab = {written[piece]: rank for piece, rank in ranks.items()}
+    core = byte_level(models.BPE(vocab, merges, ignore_merges=True))
+    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # for the library's engine + means: again
+    core.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.add_special_tokens([END_TEXT])
+    return core
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, or in a folder with one or with vocab.json and merges.txt. Stop: it is none."""
+    try:
+        if path.is_dir() and not (path / "tokenizer.json").exists():
+            parts = str(path / "vocab.json"), str(path / "merges.txt")
+            return byte_level(library(models.BPE.from_file, *parts))
+        core = library(Tokenizer.from_file, str(path / "tokenizer.json" if path.is_dir() else path))
+        if not isinstance(core.model, models.BPE):
+            raise Stop("its tokenizer is not of BPE kind: take another")
+        return core
+    except Stop as e:
+        raise Stop(f"--tokenizer_path {path}: {e}") from None
+
+
+def find_tokenizer(given: dict, text: str) -> tuple[Tokenizer, str]:
+    """The tokenizer that was asked for, and what it is; auto: the file, else tiktoken's, else one of the text's own."""
+    kind, path = given.get("tokenizer", Config.tokenizer), Path(given.get("tokenizer_path", ""))
+    named = path != Path()
+    if kind == "tiktoken" and named:
+        raise Stop("--tokenizer tiktoken takes no --tokenizer_path: leave one of them out")
+    if "vocab_size" in given and kind != "custom":
+        raise Stop("--vocab_size needs --tokenizer custom")
+    if named and (path.exists() or kind == "polish"):
+        return read_tokenizer(path), str(path)
+    if kind == "polish":
+        from transformers import AutoTokenizer
+        try:
+            return AutoTokenizer.from_pretrained(POLISH).backend_tokenizer, POLISH
+        except OSError as e:
+            raise Stop(f"cannot fetch the tokenizer of {POLISH} ({type(e).__name__}): go online once, or give a copy "
+                       "of it as --tokenizer_path") from None
+    note = ""
+    if kind in ("auto", "tiktoken"):
+        encoding = given.get("encoding", Config.encoding)
+        try:
+            return tiktoken_tokenizer(encoding), f"tiktoken's {encoding}"
+        except (OSError, ValueError) as e:  # ValueError: something else came in place of the file
+            note = f"tiktoken's {encoding} cannot be fetched ({type(e).__name__})"
+            if kind == "tiktoken":
+                raise Stop(f"{note}: go online once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or "
+                           "take --tokenizer custom") from None
+    size = given.get("vocab_size", Config.vocab_size)
+    core = train_tokenizer(split_corpus(text)[0], size)
+    return core, f"custom, {size:,} entries from the training part" + f", as {note}" * bool(note)
+
+
+def make_tokenizer(given: dict, text: str, checkpoint: dict | None) -> BPETokenizer:
+    """The checkpoint's tokenizer, or a new one for the text. Stop if it would lose a character of the text."""
+    path = Path(given.get("tokenizer_path", ""))
+    if checkpoint:
+        tokenizer = BPETokenizer(**checkpoint["tokenizer"])
+        if path != Path() and path.exists():
+            core, keep = read_tokenizer(path), tokenizer.state["keep"]
+            fits = max(keep or [0]) < core.get_vocab_size()
+            if not fits or BPETokenizer(core.to_str(), keep).pieces != tokenizer.pieces:
+                raise Stop(f"--tokenizer_path {path} is not the checkpoint's tokenizer: leave it out")
+        return tokenizer
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    writable = parent.is_dir() and os.access(parent, os.W_OK)
+    if path != Path() and not path.exists() and not writable:
+        raise Stop(f"cannot write --tokenizer_path {path}: choose another")
+    core, name = find_tokenizer(given, text)
+    source, start = core.to_str(), next((char for char in END + "\n" if char in text), text[:1])
+    tokenizer = BPETokenizer(source, start=start)
+    for begin in range(0, len(text), 2**20):  # in parts, to save memory
+        part = text[begin:begin + 2**20]
+        if tokenizer.decode(tokenizer.encode(part)) != part:
+            raise Stop("that tokenizer loses characters of the text: take another")
+    if given.get("prune_vocab"):
+        seen = set(tokenizer.encode(split_corpus(text)[0]).tolist())
+        single = {i for i, piece in enumerate(tokenizer.pieces) if len(piece) == 1}  # bytes, the end
+        tokenizer = BPETokenizer(source, sorted(seen | single), start)
+    say(f"tokenizer: {name}")
+    show_pieces(tokenizer, text)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: BPETokenizer, config: Config):
+    """Write RUN_DIR/tokenizer.json and, if there is none, the file at --tokenizer_path."""
+    given = Path(config.tokenizer_path)
+    paths = [Path(config.run_dir, "tokenizer.json")]
+    if config.tokenizer_path and not config.resume and not given.exists():
+        given.parent.mkdir(parents=True, exist_ok=True)
+        paths.append(given)
+    for path in paths:
+        with replacing(path) as file:
+            file.write(tokenizer.state["source"].encode())
 
 
 def read_corpus(path: str) -> str:
@@ -1086,7 +1103,7 @@ def load_checkpoint(path: str) -> dict:
     """This stage's checkpoint in a file or at an address, on the CPU. Stop if there is none, or it is damaged."""
     try:
         with urllib.request.urlopen(path, timeout=30) if "://" in path else open(path, "rb") as source:
-            file = io.BytesIO(source.read())
+            file = io.BytesIO(source.read())  # read once, checked, then loaded
         parts = zipfile.ZipFile(file)  # torch.load takes damaged numbers as they are
         if sum(part.file_size for part in parts.infolist()) > len(file.getbuffer()) or parts.testzip():
             raise ValueError
@@ -1112,8 +1129,8 @@ def replacing(path):
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fsync(file.fileno())  # on the disk, not only on its way there
+        os.replace(temporary, path)  # at once: nobody sees half a file
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1161,14 +1178,14 @@ def run_folder(config: Config, facts: dict):
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     try:
-        lock.acquire()
+        lock.acquire()  # until the run has ended
     except filelock.Timeout:
         raise Stop(f"another process writes to --run_dir {config.run_dir}: wait, or choose another") from None
     except (OSError, NotImplementedError):
         pass  # a file system without locks
     try:
         if not config.resume and folder.exists() and any(folder.iterdir()):
-            keep_previous(folder)
+            keep_previous(folder)  # as a whole
         folder.mkdir(exist_ok=True)
         for unfinished in folder.glob("*.tmp"):  # left by a kill
             unfinished.unlink()
@@ -1256,80 +1273,85 @@ KNOWN = {"allocate": MEMORY, "out of memory": MEMORY, "connection": "another pro
          "compiler": "--compile needs a C++ compiler: install g++, or leave --compile out"}
 
 
-def check_memory(config: Config, vocab_size: int):
-    """Stop if weights, gradients and the optimizer's numbers alone, 16 bytes a parameter, exceed the memory."""
+def make_facts(config: Config, tokenizer, text: str, train_ids, device: torch.device) -> dict:
+    """What can be said of a run before it starts. Stop if its parameters alone need more memory than there is."""
     with torch.device("meta"):  # shapes without memory
-        model = GPTLanguageModel(config, vocab_size)
-    needed = 16 * sum(p.numel() for p in model.parameters()) + 4 * config.block_size**2
-    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise Stop(MEMORY)
-
-
-def make_facts(config: Config, tokenizer, model, text: str, train_ids) -> dict:
-    """What can be said of a run before it starts."""
-    device = next(model.parameters()).device
+        model = GPTLanguageModel(config, tokenizer.vocab_size)
+    params = sum(p.numel() for p in model.parameters())
+    if hasattr(os, "sysconf") and 16 * params > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise Stop(MEMORY)  # a weight, its gradient and two numbers of the optimizer, four bytes each
     return dict(
-        tokenizer.describe(split_corpus(text)[0], train_ids), params=sum(p.numel() for p in model.parameters()),
+        tokenizer.describe(split_corpus(text)[0], train_ids), params=params,
         tokens_per_step=config.grad_accum * config.batch_size * config.block_size * WORLD,
         device=str(device), seed=config.seed, corpus_sha256=hashlib.sha256(text.encode()).hexdigest(),
         dtype=str(mixed_precision(config.dtype, device).fast_dtype).removeprefix("torch."))
 
 
+def load_source(given: dict) -> dict | None:
+    """The checkpoint to start from, if there is to be one."""
+    folder = given.get("run_dir", Config.run_dir)
+    if given.get("resume"):
+        if given.get("load_url") or given.get("sample_only"):
+            raise Stop("--resume continues a run: leave out --load_url and --sample_only")
+        return load_checkpoint(f"{folder}/model_last.pt")
+    source = given.get("load_url")
+    if given.get("sample_only"):
+        source = source or given.get("save_path") or f"{folder}/model_best.pt"
+    return load_checkpoint(source) if source else None
+
+
 def run(given: dict) -> dict:
     """Train, then sample; or only sample. All that can be wrong is found before anything is written. The metrics."""
-    folder = given.get("run_dir", Config.run_dir)
-    resume, sample_only, source = (given.get(name) for name in ("resume", "sample_only", "load_url"))
-    if resume and (source or sample_only):
-        raise Stop("--resume continues a run: leave out --load_url and --sample_only")
-    if resume:
-        source = f"{folder}/model_last.pt"
-    elif sample_only:
-        source = source or given.get("save_path") or f"{folder}/model_best.pt"
-    saved = load_checkpoint(source) if source else None
-    given = inherit(given, saved)
+    saved = load_source(given)
+    given = inherit(given, saved)  # what a checkpoint says of options
     device = pick_device(given.get("device", "auto"))
-    text = "" if sample_only else read_corpus(given.get("input", Config.input))
+    text = "" if given.get("sample_only") else read_corpus(given.get("input", Config.input))
     tokenizer = make_tokenizer(given, text, saved)
     tokenizer.encode(given.get("prompt", ""))  # does it know all of it?
     train_text, val_text = split_corpus(text)
     train_ids = tokenizer.encode(train_text)
     val_ids = torch.cat((train_ids[-1:], tokenizer.encode(val_text)))
     config = make_config(given, device, len(train_ids))
-    check_targets(config)
-    if not sample_only and (len(train_ids) <= config.block_size or len(val_ids) < 2):
-        raise Stop(f"{config.input} is too short ({len(text):,} characters) for --block_size {config.block_size}: lower it, "
-                   "or bring more text")
-    check_memory(config, tokenizer.vocab_size)
+    check_targets(config)  # before anything is written
+    if config.sample_only:
+        model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
+        model.load_state_dict(saved["model"])
+        write_samples(model, tokenizer, config, saved["context"])
+        return best_of(saved["history"])
+    if len(train_ids) <= config.block_size or len(val_ids) < 2:
+        raise Stop(f"{config.input} is too short ({len(text):,} characters) for --block_size {config.block_size}: "
+                   "lower it, or bring more text")
+    facts = make_facts(config, tokenizer, text, train_ids, device)
+    if config.resume and facts["corpus_sha256"] != saved["corpus_sha256"]:
+        raise Stop(f"--input {config.input} (SHA-256 {facts['corpus_sha256'][:8]}) is not the text that this run began "
+                   f"with ({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
+    join_processes(facts)
+    with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():
+        say(f"{config.size}, {config.recipe}, {facts['params']:,} parameters on {device} in {facts['dtype']}; "
+            f"{len(text):,} characters, {facts['vocab_size']:,} entries in the vocabulary, "
+            f"each seen {facts['tokens_per_vocab_entry']:,.1f} times")
+        if RANK == 0:
+            save_tokenizer(tokenizer, config)
+        return train_and_sample(config, tokenizer, train_ids, val_ids, facts, saved, device)
+
+
+def train_and_sample(config: Config, tokenizer, train_ids, val_ids, facts: dict, saved: dict | None, device) -> dict:
+    """A run, once its folder is open. Returns the metrics."""
+    tokens = config.max_iters * facts["tokens_per_step"]
+    say(f"{config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {tokens / len(train_ids):.1f} passes over the text")
+    if config.resume and config.max_iters > saved["config"]["max_iters"]:
+        say(f"note: the learning rate is planned anew for {config.max_iters} steps")
+    keep_memory()
     torch.manual_seed(config.seed)
     model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
     if saved:
         model.load_state_dict(saved["model"])
-    if sample_only:
-        write_samples(model, tokenizer, config, saved["context"])
-        return best_of(saved["history"])
-
-    facts = make_facts(config, tokenizer, model, text, train_ids)
-    if resume and facts["corpus_sha256"] != saved["corpus_sha256"]:
-        raise Stop(f"--input {config.input} (SHA-256 {facts['corpus_sha256'][:8]}) is not the text that this run began with "
-                   f"({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
-    join_processes(facts)
-    keep_memory()
-    with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():
-        if RANK == 0:
-            save_tokenizer(tokenizer, config)
-        passes = config.max_iters * facts["tokens_per_step"] / len(train_ids)
-        say(f"{config.size}, {config.recipe}, {facts['params']:,} parameters on {device} in {facts['dtype']}: {len(text):,} "
-            f"characters, {config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {passes:.1f} passes over the text")
-        say(f"{facts['vocab_size']:,} entries in the vocabulary, each seen {facts['tokens_per_vocab_entry']:,.1f} times; "
-            f"{facts['chars_per_token']:.2f} characters a token")
-        if resume and config.max_iters > saved["config"]["max_iters"]:
-            say(f"note: the learning rate is planned anew for {config.max_iters} steps")
-        history = train(config, model, tokenizer, train_ids, val_ids, facts, saved if resume else None)
-        if RANK == 0:
-            best = load_checkpoint(f"{folder}/model_best.pt")
-            model.load_state_dict(best["model"])
-            write_samples(model, tokenizer, config, best["context"])
-        return write_report(folder, history, facts)
+    history = train(config, model, tokenizer, train_ids, val_ids, facts, saved if config.resume else None)
+    if RANK == 0:
+        best = load_checkpoint(f"{config.run_dir}/model_best.pt")
+        model.load_state_dict(best["model"])
+        write_samples(model, tokenizer, config, best["context"])
+    return write_report(config.run_dir, history, facts)
 
 
 def main(argv=None) -> dict:

@@ -40,6 +40,7 @@ TEXT = SEPARATOR.join(f"{number}. {SONG * 3}" for number in range(6))
 RUN = {"config.json", "metrics.jsonl", "metrics.json", "loss.png", "model_best.pt", "model_last.pt", "output"}
 RECIPES = ("modern", "classic")
 both_recipes = pytest.mark.parametrize("recipe", RECIPES)
+numeric = pytest.mark.numeric  # what another processor rounds otherwise: .ci/run repeats these with other instructions
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -56,6 +57,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def float64():
+    """Models compute in float64: what two ways of computing round differently stays far below what a fault would change."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -349,7 +358,8 @@ def test_the_original_model_has_its_number_of_parameters(stage):
     assert abs(counts[1] / counts[0] - 1) < 0.02
 
 
-def test_attention_equals_the_fused_one_in_values_and_gradients(stage):
+@numeric
+def test_attention_equals_the_fused_one_in_values_and_gradients(stage, float64):
     attention = model_of(stage, "classic").blocks[0].attention
     x = torch.randn(3, 12, 16, requires_grad=True)
     ours = attention(x, torch.full((12, 12), -math.inf).triu(1))
@@ -361,7 +371,8 @@ def test_attention_equals_the_fused_one_in_values_and_gradients(stage):
         torch.testing.assert_close(a, b)
 
 
-def test_modern_attention_equals_one_with_loops_over_positions_and_heads(stage):
+@numeric
+def test_modern_attention_equals_one_with_loops_over_positions_and_heads(stage, float64):
     model = model_of(stage)
     attention, mask, x = model.blocks[0].attention, model.mask, torch.randn(1, 12, 16)
     ours = attention(x, mask, model.rope)
@@ -385,7 +396,8 @@ def test_modern_attention_equals_one_with_loops_over_positions_and_heads(stage):
     torch.testing.assert_close(ours[0], attention.proj(out.view(12, 16)))
 
 
-def test_feed_forward_is_relu_or_swiglu(stage):
+@numeric
+def test_feed_forward_is_relu_or_swiglu(stage, float64):
     x = torch.randn(2, 5, 16)
     classic, modern = (model_of(stage, recipe).blocks[0].feed_forward for recipe in ("classic", "modern"))
     expected = (x @ classic.up.weight.T + classic.up.bias).clamp(min=0) @ classic.down.weight.T + classic.down.bias
@@ -394,24 +406,27 @@ def test_feed_forward_is_relu_or_swiglu(stage):
     torch.testing.assert_close(modern(x), gate * torch.sigmoid(gate) * value @ modern.down.weight.T)
 
 
-def test_the_modern_norm_is_rmsnorm_of_what_is_centred(stage):
+@numeric
+def test_the_modern_norm_is_rmsnorm_of_what_is_centred(stage, float64):
     norm, x = model_of(stage).norm, 3 + torch.randn(2, 5, 16)
     torch.testing.assert_close(norm(x), F.rms_norm(x - x.mean(dim=-1, keepdim=True), (16,), norm.weight, eps=norm.eps))
 
 
+@numeric
 @both_recipes
-def test_no_position_sees_the_future_and_each_sees_the_whole_past(stage, recipe):
+def test_no_position_sees_the_future_and_each_sees_the_whole_past(stage, recipe, float64):
     model, idx = model_of(stage, recipe).eval(), torch.randint(20, (1, 12))
     before = model(idx)
     for position in range(12):
         changed = idx.clone()
         changed[0, position] = (changed[0, position] + 1) % 20
-        differs = (model(changed) != before).any(dim=-1)[0]
+        differs = ((model(changed) - before).abs() > 1e-10).any(dim=-1)[0]  # rounding in float64 is 1e-15
         assert differs.tolist() == [False] * position + [True] * (12 - position)
 
 
+@numeric
 @both_recipes
-def test_the_cache_changes_no_scores_however_the_text_is_cut(stage, recipe):
+def test_the_cache_changes_no_scores_however_the_text_is_cut(stage, recipe, float64):
     model, idx = model_of(stage, recipe).eval(), torch.randint(20, (3, 12))
     whole = model(idx)
     for sizes in ([1] * 12, [5, 1, 1, 3, 2], [12], [11, 1]):
@@ -422,6 +437,7 @@ def test_the_cache_changes_no_scores_however_the_text_is_cut(stage, recipe):
         torch.testing.assert_close(torch.cat(parts, dim=1), whole)
 
 
+@numeric
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(100_003,), (7, 100, 150)])
 def test_dropout_drops_its_share_anywhere_and_keeps_the_mean(stage, p, shape):
@@ -452,22 +468,48 @@ def muons(stage, weights, shapes, **settings):
     return stage.Muon([dict(params=[p], shape=shape) for p, shape in zip(weights, shapes)], **settings)
 
 
-def test_muon_takes_the_librarys_step(stage):
-    weights = [torch.nn.Parameter(torch.randn(8, 24)), torch.nn.Parameter(torch.randn(24, 8))]
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in weights]
-    ours = muons(stage, weights, [(8, 24), (24, 8)], lr=0.01, weight_decay=0.1)
-    theirs = torch.optim.Muon(twins, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    for _ in range(3):
-        for p, twin in zip(weights, twins):
-            p.grad = torch.randn_like(p)
-            twin.grad = p.grad.clone()
+def muons_steps(weight, grads, lr, decay):
+    """Where Muon takes a matrix, written out: momentum and Nesterov, five Newton-Schulz steps, as long as AdamW's."""
+    momentum = torch.zeros_like(weight)
+    for grad in grads:
+        momentum = 0.95 * momentum + 0.05 * grad
+        x = 0.95 * momentum + 0.05 * grad
+        x = x / x.norm()
+        for _ in range(5):
+            x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+        weight = weight * (1 - lr * decay) - lr * 0.2 * math.sqrt(max(x.shape)) * x
+    return weight
+
+
+@numeric
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muons_step_worked_out_by_hand(stage, shape, float64):
+    p, grads = torch.nn.Parameter(torch.randn(shape)), torch.randn(3, *shape)
+    expected = muons_steps(p.detach().clone(), grads, lr=0.01, decay=0.1)
+    optimizer = muons(stage, [p], [shape], lr=0.01, weight_decay=0.1)
+    for p.grad in grads:
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), expected)
+
+
+@numeric
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has had one since 2.9")
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muon_takes_the_librarys_step(stage, shape):
+    before, grads = torch.randn(shape), torch.randn(3, *shape)
+    p, twin = (torch.nn.Parameter(before.clone()) for _ in range(2))
+    ours = muons(stage, [p], [shape], lr=0.01, weight_decay=0.1)
+    theirs = torch.optim.Muon([twin], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for grad in grads:
+        p.grad, twin.grad = grad.clone(), grad.clone()
         ours.step()
         theirs.step()
-    for p, twin in zip(weights, twins):
-        torch.testing.assert_close(p, twin, atol=2e-3, rtol=0)  # the library iterates in bfloat16
+    # The library iterates in bfloat16: some twenty roundings of up to 0.4 % on the way.
+    assert (p - twin).norm() < 0.1 * (p - before).norm()
 
 
-def test_muon_takes_matrices_side_by_side_as_separate_ones(stage):
+@numeric
+def test_muon_takes_matrices_side_by_side_as_separate_ones(stage, float64):
     stacked, lone = torch.nn.Parameter(torch.randn(24, 8)), torch.nn.Parameter(torch.randn(8, 8))
     apart = [torch.nn.Parameter(part.detach().clone()) for part in (*stacked.split(8), lone)]
     together = stage.Muon([dict(params=[stacked, lone], shape=(8, 8))], lr=0.1, weight_decay=0.1)
@@ -515,15 +557,17 @@ def test_the_modern_rate_rises_and_falls_in_straight_lines(stage):
     assert [stage.learning_rate(config, step) for step in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0])
 
 
+@numeric
 @both_recipes
-def test_two_batches_added_up_are_one_of_twice_the_size(stage, recipe):
+def test_two_batches_added_up_are_one_of_twice_the_size(stage, recipe, float64):
     common = dict(recipe=recipe, dropout=0.0, warmup_iters=0)
     stage.main(tiny(stage, **common, run_dir="one", batch_size=4))
     stage.main(tiny(stage, **common, run_dir="two", batch_size=2, grad_accum=2))
     for name, p in weights("one").items():
-        torch.testing.assert_close(p, weights("two")[name], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(p, weights("two")[name], atol=1e-6, rtol=1e-6)
 
 
+@numeric
 def test_gradients_are_clipped(stage):
     norms = {}
     for clip in (0, 0.01):
@@ -535,6 +579,7 @@ def test_gradients_are_clipped(stage):
     assert norms[0] > 0.1 and norms[0.01] == pytest.approx(0.01, rel=1e-3)
 
 
+@numeric
 @both_recipes
 def test_a_model_learns_a_text_by_heart(stage, recipe):
     Path("songs.txt").write_text("Noc nad miastem\n" * 100, encoding="utf-8")
@@ -544,6 +589,7 @@ def test_a_model_learns_a_text_by_heart(stage, recipe):
 
 
 # --------------------------------------------------------------------------------------------- evaluation
+@numeric
 def test_bits_per_character_worked_out_by_hand(stage):
     """A model that gives a, b, c and the end 1/2, 1/4, 1/8 and 1/8, whatever it reads: a, b, c, a take 1 + 2 + 3 + 1 bits."""
     model = model_of(stage, "classic", vocab_size=4, block_size=3)
@@ -552,12 +598,13 @@ def test_bits_per_character_worked_out_by_hand(stage):
     tokenizer = importlib.import_module("gpt").CharTokenizer("abc")
     nats, bits = stage.evaluate(model, tokenizer.encode("cabca"), tokenizer, config_of(stage, block_size=3, batch_size=2),
                                 exact(stage))
-    assert bits == pytest.approx(7 / 4) and nats == pytest.approx(7 / 4 * math.log(2))
+    assert bits == pytest.approx(7 / 4, rel=1e-5) and nats == pytest.approx(7 / 4 * math.log(2), rel=1e-5)  # in float32
 
 
+@numeric
 @both_recipes
 @pytest.mark.parametrize(("size", "count"), [(12, 40), (12, 37), (12, 36), (12, 5), (12, 2), (2, 9), (7, 50)])
-def test_each_validation_token_is_predicted_exactly_once(stage, recipe, size, count):
+def test_each_validation_token_is_predicted_exactly_once(stage, recipe, size, count, float64):
     model, ids = model_of(stage, recipe, dropout=0.5, block_size=size), torch.randint(20, (count,), dtype=torch.uint8)
     tokenizer, amp = importlib.import_module("gpt").CharTokenizer("".join(map(chr, range(65, 84)))), exact(stage)
     nats = []
@@ -601,6 +648,7 @@ def by_hand(logits, temperature, top_k, top_p):
     return [dict(kept).get(i, 0) / total for i in range(len(logits))]
 
 
+@numeric
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [
     (1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 3, 1.0), (1.0, 0, 0.6), (1.5, 4, 0.8), (1.0, 50, 0.95), (1.0, 0, 1e-9),
     (1.0, 1, 1.0)])
@@ -611,7 +659,7 @@ def test_tokens_are_drawn_with_their_probabilities(stage, temperature, top_k, to
     shares = drawn.bincount(minlength=7) / len(drawn)
     expected = torch.tensor(by_hand(logits, temperature, top_k, top_p))
     assert drawn.shape == (50_000,) and torch.equal(shares > 0, expected > 0)
-    torch.testing.assert_close(shares, expected, atol=0.01, rtol=0)
+    torch.testing.assert_close(shares, expected, atol=0.0125, rtol=0)  # five and a half standard deviations at most
 
 
 def test_temperature_zero_takes_the_likeliest(stage):
@@ -619,9 +667,10 @@ def test_temperature_zero_takes_the_likeliest(stage):
     assert torch.equal(stage.draw_token(logits, temperature=0), logits.argmax(dim=-1))
 
 
+@numeric
 @both_recipes
 @pytest.mark.parametrize("size", [2, 5, 12])
-def test_generate_is_reading_anew_also_past_the_context(stage, recipe, size):
+def test_generate_is_reading_anew_also_past_the_context(stage, recipe, size, float64):
     model, prompt = model_of(stage, recipe, block_size=size, dropout=0.5), torch.randint(20, (2, 15))
     for length, how in ((1, dict(temperature=0)), (size, dict(temperature=0)), (15, dict(temperature=0.9, top_k=9, top_p=0.9))):
         generators = [torch.Generator().manual_seed(5) for _ in range(2)]
@@ -643,6 +692,7 @@ def test_generate_reads_each_token_once_while_the_text_fits(stage):
     assert read == [4, 1, 1, 1, 1, 1, 1, 1, 1] + [6, 1, 1, 1, 1, 1, 1] + [6, 1, 1, 1]
 
 
+@numeric
 def test_samples_come_from_the_seed(stage, run):
     def sampled(**options):
         stage.main(argv(sample_only=True, run_dir=run, device="cpu", dtype="float32", max_new_tokens=60, **options))
@@ -748,6 +798,7 @@ def test_files_named_outside_the_folder_are_moved_aside_too(stage):
     assert Path("new/sample.txt").read_bytes() == Path("songs.txt.out").read_bytes()
 
 
+@numeric
 def test_a_run_that_gets_no_better_ends_early_and_samples_from_its_best_model(stage):
     metrics = stage.main(tiny(stage, recipe="classic", learning_rate=1, max_iters=50, eval_interval=2, patience=3))
     losses = [line["val_loss"] for line in history("run")]
@@ -768,6 +819,7 @@ def test_a_text_of_many_different_characters(stage):
     assert set(sample("run").replace(SEPARATOR, "")) <= set(alphabet + "\n")
 
 
+@numeric
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision_trains_and_goes_on(stage, dtype):
     metrics = stage.main(tiny(stage, dtype=dtype, max_iters=10))
@@ -775,6 +827,7 @@ def test_mixed_precision_trains_and_goes_on(stage, dtype):
     assert stage.main(argv(resume=True, run_dir="run", max_iters=12))["dtype"] == dtype
 
 
+@numeric
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("name", ["lm_head.weight", "blocks.0.attention.proj.weight"])
 def test_an_overflow_in_float16_skips_the_step_of_both_optimizers(stage, name, bad):
@@ -798,18 +851,21 @@ def test_training_works_outside_the_main_thread(stage):
     assert {path.name for path in Path("run").iterdir()} == RUN
 
 
+@numeric
 def test_rdrop_adds_the_divergence_of_two_predictions_to_their_loss(stage):
     logits, targets = torch.randn(4, 5, 20, requires_grad=True), torch.randint(20, (2, 5))
     loss, nats = stage.rdrop_loss(logits, targets, 3.0)
-    one, two = (part.log_softmax(dim=-1).flatten(0, 1) for part in logits.chunk(2))
-    both_ways = [F.kl_div(a, b, reduction="batchmean", log_target=True) for a, b in ((one, two), (two, one))]
-    torch.testing.assert_close(nats, F.cross_entropy(logits.flatten(0, 1), targets.repeat(2, 1).flatten()))
-    torch.testing.assert_close(loss, nats + 3.0 * sum(both_ways) / 2)
+    one, two = (part.double().log_softmax(dim=-1).flatten(0, 1) for part in logits.chunk(2))
+    both_ways = [F.kl_div(a, b, reduction="batchmean", log_target=True).item() for a, b in ((one, two), (two, one))]
+    expected = F.cross_entropy(logits.double().flatten(0, 1), targets.repeat(2, 1).flatten()).item()
+    assert nats.item() == pytest.approx(expected, rel=1e-5)  # of some hundred numbers in float32
+    assert loss.item() == pytest.approx(expected + 3.0 * sum(both_ways) / 2, rel=1e-5)
     assert torch.autograd.grad(loss, logits)[0].any(dim=-1).all()
     loss, nats = stage.rdrop_loss(logits[:2].repeat(2, 1, 1), targets, 3.0)
-    assert torch.equal(loss, nats)  # alike: nothing to add
+    assert loss.item() == pytest.approx(nats.item(), rel=1e-6)  # alike: nothing to add
 
 
+@numeric
 def test_rdrop_makes_two_dropouts_agree(stage):
     """The stronger it is, the less they differ."""
     class Measured(stage.Trainer):
@@ -831,7 +887,8 @@ def test_rdrop_makes_two_dropouts_agree(stage):
     assert found[30.0] < 0.7 * found[1e-9]
 
 
-def test_with_rdrop_a_run_tells_the_loss_of_both_passes_alone(stage):
+@numeric
+def test_with_rdrop_a_run_tells_the_loss_of_both_passes_alone(stage, float64):
     told, expected = [], []
 
     class Watched(stage.Trainer):
@@ -890,6 +947,7 @@ def test_a_model_uses_the_context_that_it_has_learned(stage, capsys):
     assert same(weights("cut"), weights("whole"))
 
 
+@numeric
 @both_recipes
 @pytest.mark.parametrize("rdrop", [0.0, 1.0])
 def test_a_resumed_run_is_bit_identical(stage, recipe, rdrop):
@@ -1118,6 +1176,7 @@ def test_a_disk_that_fails_while_flushing(stage, run, capsys, monkeypatch):
 NAN = dict(learning_rate=1e15, weight_decay=1e5)  # each step multiplies the weights by -1e20
 
 
+@numeric
 @both_recipes
 def test_a_loss_that_turns_nan_stops_and_keeps_the_last_good_checkpoint(stage, recipe, capsys):
     stage.main(tiny(stage, recipe=recipe))
@@ -1399,6 +1458,24 @@ for argv in ((), (["--max_iter", "3"],)):
     assert "assets/input/input2.txt" in missing and "--max_iter 3" in mistyped and tree() == before
 
 
+@pytest.mark.parametrize("script", ["gpt", "gpt_tiktoken", "gpt_hf"])
+@pytest.mark.parametrize(("users", "expected"), [({}, "1000"), (dict(GOMP_SPINCOUNT="7"), "7")])
+def test_threads_that_wait_do_not_spin_unless_the_user_says_so(script, users, expected, monkeypatch):
+    """GNU OpenMP reads the variable when torch is loaded: it must be there before anything asks for torch."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    done = python("-c", f"""
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):  # called before a module is loaded
+        if name == "torch":
+            sys.exit(os.environ.get("GOMP_SPINCOUNT", "not set"))
+sys.meta_path.insert(0, Watch())
+sys.path.insert(0, {os.path.dirname(importlib.import_module(script).__file__)!r})
+import {script}
+""", **users)
+    assert done.stderr.decode().split() == [expected]
+
+
 def test_a_terminal_that_is_not_utf8(stage, run):
     done = python(stage.__file__, *argv(sample_only=True, run_dir=run, prompt="śpi światło", max_new_tokens=60),
                   PYTHONIOENCODING="ascii")
@@ -1412,20 +1489,23 @@ def free_port():
         return s.getsockname()[1]
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(stage):
+@numeric
+def test_two_processes_train_as_one_with_twice_the_batch(stage, float64):
     common = dict(dropout=0.0, max_iters=6, eval_interval=3, warmup_iters=0, sample_interval=3)
     metrics = stage.main(tiny(stage, **common, run_dir="one", batch_size=4))
-    done = python("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", stage.__file__,
-                  *tiny(stage, **common, run_dir="two", batch_size=2))
+    Path("float64.py").write_text("import runpy, sys, torch\ntorch.set_default_dtype(torch.float64)\ndel sys.argv[0]\n"
+                                  "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    done = python("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "float64.py",
+                  stage.__file__, *tiny(stage, **common, run_dir="two", batch_size=2))
     assert done.returncode == 0, done.stderr.decode()
     for name, p in weights("one").items():
-        torch.testing.assert_close(p, weights("two")[name], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(p, weights("two")[name], atol=1e-6, rtol=1e-6)
     assert {path.name for path in Path("two").iterdir()} == RUN
     for one, two in zip(history("one"), history("two")):
-        assert one == pytest.approx(two, rel=1e-4)
+        assert one == pytest.approx(two, rel=1e-6)
     out = done.stdout.decode()
     assert len(re.findall("^step ", out, re.MULTILINE)) == 3 and out.count("-> two/output/sample.txt") == 1
-    assert json.loads(Path("two/metrics.json").read_text())["val_loss"] == pytest.approx(metrics["val_loss"], rel=1e-4)
+    assert json.loads(Path("two/metrics.json").read_text())["val_loss"] == pytest.approx(metrics["val_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gpt import SONG, TEXT, address, argv, checkpoint, history, refused, same, sample, tree, weights
+from test_gpt import SONG, TEXT, address, argv, checkpoint, history, numeric, refused, same, sample, tree, weights
 from tokenizer_files import END_TEXT, babble, bytes_and
 from tokenizers import Tokenizer
 
@@ -840,6 +840,7 @@ def uniform(tokenizer, size=4):
     return model
 
 
+@numeric
 @pytest.mark.parametrize("size", [2, 4, 7, 50])
 def test_bits_per_character_worked_out_by_hand(size):
     r"""The 8 tokens of ab|_|b|a|\n|ż|ż|ab at log2(258) bits each stand for 9 characters; the end of a song is one, too."""
@@ -847,12 +848,13 @@ def test_bits_per_character_worked_out_by_hand(size):
     config = gpt_tiktoken.make_config(dict(block_size=size, batch_size=1), CPU, None)
     model = uniform(tokenizer, size)
     ids = tokenizer.encode(f"{END}ab ba\nżab")  # the first is there to be read, not to be predicted
-    assert gpt_tiktoken.evaluate(model, ids, tokenizer, config, amp) == pytest.approx((math.log(258), 8 * math.log2(258) / 9))
+    assert gpt_tiktoken.evaluate(model, ids, tokenizer, config, amp) == pytest.approx(
+        (math.log(258), 8 * math.log2(258) / 9), rel=1e-5)  # in float32
     model.lm_head.bias.data[tokenizer.end] = 50.0  # sure that the song ends
     for text, nats, chars in ((END + END, 0, 2), ("a" + END, 50, 2), (END + "ab", 50, 3)):
         ids = tokenizer.encode(END + text)
         assert gpt_tiktoken.evaluate(model, ids, tokenizer, config, amp) == pytest.approx(
-            (nats / 2, nats / math.log(2) / chars), abs=1e-6)
+            (nats / 2, nats / math.log(2) / chars), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("text", [TEXT, "bez końca wiersza 🦊 " * 60])
@@ -889,39 +891,51 @@ def sliced(x, weight, bias, targets, factor=1.0):
     return loss.detach(), [leaf.grad for leaf in leaves]
 
 
-def plain(x, weight, bias, targets, factor=1.0, dtype=torch.float64):
-    """The same with all logits at once."""
-    leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias) if t is not None]
-    loss = F.cross_entropy(F.linear(*leaves), targets)
-    (loss * factor).backward()
-    return loss.detach(), [leaf.grad for leaf in leaves]
+def plain(x, weight, bias, targets, factor=1.0):
+    """The same in float64, token by token to save memory, by torch's own cross-entropy and gradients."""
+    x, *head = leaves = [t.double().requires_grad_() for t in (x, weight, bias) if t is not None]
+    losses = []
+    for row, target in zip(x.split(1), targets.split(1)):
+        losses.append(F.cross_entropy(F.linear(row, *head), target, reduction="sum") / (targets >= 0).sum())
+        (losses[-1] * factor).backward()
+    return sum(losses).detach(), [leaf.grad for leaf in leaves]
 
 
+def sum_error(count):
+    """How far a sum of so many numbers in float32, and what leads to it, may be off: the worst case, relative to their sizes.
+
+    Each addition rounds by 2**-24 at most (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2).
+    """
+    return (count + 32) * 2.0**-24
+
+
+@numeric
 @pytest.mark.parametrize(("N", "V", "C", "biased"), [
     (2, 5, 3, False), (41, 300, 16, True),  # in one slice
     (400, 50_257, 4, False), (400, 50_257, 4, True),  # 333 tokens a slice
-    (12, 2**22 - 1, 2, True)])  # 4 tokens a slice, and one slice without any target
+    (48, 2**20 - 1, 2, True)])  # 16 tokens a slice, and one slice without any target
 def test_the_sliced_loss_and_its_gradients_are_the_plain_ones(N, V, C, biased):
     torch.manual_seed(N)
     x, weight, bias = torch.randn(N, C), torch.randn(V, C), torch.randn(V) if biased else None
     targets = torch.randint(V, (N,))
     targets[N // 3:2 * N // 3] = -100
     factor = 1.0 if N % 2 else 1024 / 3
-    dtype = torch.float64 if V < 2**20 else torch.float32
-    ours, theirs = sliced(x, weight, bias, targets, factor), plain(x, weight, bias, targets, factor, dtype)
-    assert ours[0].dtype == torch.float32 and ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-5)
+    ours, theirs = sliced(x, weight, bias, targets, factor), plain(x, weight, bias, targets, factor)
+    assert ours[0].dtype == torch.float32 and ours[0].item() == pytest.approx(theirs[0].item(), rel=sum_error(V))
     for a, b in zip(ours[1], theirs[1], strict=True):
-        assert a.dtype == torch.float32 and (a - b).norm() <= 1e-4 * b.norm()
+        assert a.dtype == torch.float32 and (a - b).norm() <= sum_error(V) * b.norm()
     assert ours[1][0][N // 3:2 * N // 3].count_nonzero() == 0
 
 
+@numeric
 def test_a_slice_has_a_token_at_least():
     V = 2**24 + 1  # one token's logits are more than a slice is to hold
     loss, (_, grad) = sliced(torch.ones(1, 1), torch.zeros(V, 1), None, torch.tensor([7]))
-    assert loss.item() == pytest.approx(math.log(V))
-    assert grad[7].item() == pytest.approx(-1) and grad[8].item() == pytest.approx(1 / V)
+    assert loss.item() == pytest.approx(math.log(V), rel=1e-5)
+    assert grad[7].item() == pytest.approx(-1, rel=1e-5) and grad[8].item() == pytest.approx(1 / V, rel=1e-5)
 
 
+@numeric
 @pytest.mark.parametrize("recipe", test_gpt.RECIPES)
 def test_evaluation_leaves_no_gradients_and_gives_the_same_loss(recipe):
     model, idx = test_gpt.model_of(gpt_tiktoken, recipe), torch.randint(20, (2, 12))
@@ -929,11 +943,12 @@ def test_evaluation_leaves_no_gradients_and_gives_the_same_loss(recipe):
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             again = model(idx, idx)
-        assert not again.requires_grad and again.item() == loss.item()
+        assert not again.requires_grad and again.item() == pytest.approx(loss.item(), rel=1e-5)
     assert all(p.grad is None for p in model.parameters())
-    torch.testing.assert_close(loss, F.cross_entropy(model(idx).flatten(0, 1), idx.flatten()))
+    assert loss.item() == pytest.approx(F.cross_entropy(model(idx).flatten(0, 1).double(), idx.flatten()).item(), rel=1e-5)
 
 
+@numeric
 @pytest.mark.parametrize("recipe", test_gpt.RECIPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_sliced_loss_in_mixed_precision(recipe, dtype):
@@ -975,6 +990,7 @@ def random_model(tokenizer, seed=0, **shape):
     return model.eval()
 
 
+@numeric
 @pytest.mark.parametrize(("kind", "shape"), [
     ("custom 300", dict(n_layer=3, n_head=2, n_embd=24, block_size=32)), ("polish file", dict(n_layer=1, n_head=1, n_embd=40)),
     ("polish folder", dict(n_layer=2, n_head=6, n_embd=36)), ("tiktoken", dict(n_layer=2, n_head=4, n_embd=32, block_size=20))])
@@ -991,7 +1007,7 @@ def test_the_exported_model_gives_the_same_scores_and_texts(tokenizers, kind, sh
     with torch.no_grad():
         ours, scores = model(idx), theirs(idx).logits
     assert ours.std() > 0.5
-    torch.testing.assert_close(scores, ours, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scores, ours, atol=1e-4, rtol=1e-4)  # a thousand float32 roundings, of 6e-8 each, on the way
     for text in (*TEXTS.values(), babble(9)):
         if END_TEXT in text or END in text or "<" in text:
             continue  # special words have a meaning there
@@ -1002,13 +1018,15 @@ def test_the_exported_model_gives_the_same_scores_and_texts(tokenizers, kind, sh
     assert len(words) == theirs.config.vocab_size == tokenizer.vocab_size and not theirs.config.tie_word_embeddings
     assert words(f"a\n{END_TEXT}b")["input_ids"].count(tokenizer.end) == 1
     prompt = torch.tensor([words("No")["input_ids"]])
-    new = [int(token) for token in gpt_tiktoken.generate(model, prompt, size - prompt.size(1), temperature=0)]
     with torch.no_grad():
-        out = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=len(new))
-    new = list(itertools.takewhile(lambda token: token != tokenizer.end, new))
-    assert out[0, prompt.size(1):][:len(new)].tolist() == new
+        out = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_length=size)
+        ours = model(out[:, :-1])[0, prompt.size(1) - 1:]
+    assert out.size(1) == size or out[0, -1] == tokenizer.end
+    written = ours.gather(1, out[0, prompt.size(1):, None])
+    assert (ours.amax(dim=1, keepdim=True) - written).max() < 1e-3  # the likeliest, or as likely but for rounding
 
 
+@numeric
 @pytest.mark.parametrize(("kind", "width"), [("custom", 32), ("tiktoken", 16)])
 def test_a_trained_run_is_exported_and_writes_the_same_text(kind, width):
     """A text learned by heart, so that the texts are long and whole."""

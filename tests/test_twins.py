@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_gpt import numeric
+from test_gpt_tiktoken import sum_error
 
 import gpt
 import gpt_tiktoken
@@ -196,6 +198,7 @@ def models(recipe, shape=(50, 12, 2, 2, 16, 0.0), seed=7):
         yield stage.GPTLanguageModel(stage.GPTConfig(*shape, recipe == "modern"))
 
 
+@numeric
 @both_recipes
 def test_the_same_seed_gives_the_same_model(recipe):
     one, two = models(recipe)
@@ -206,6 +209,7 @@ def test_the_same_seed_gives_the_same_model(recipe):
     two.load_state_dict(weights[0])  # so stage 2's class can read what stage 1's has learned
 
 
+@numeric
 @pytest.mark.parametrize(("recipe", "vocab_size", "ignored"), [
     ("modern", 50, 0), ("modern", 50, 5), ("classic", 50, 0), ("classic", 50, 5),
     ("classic", 1_000_003, 7)])  # sixteen tokens a slice
@@ -217,19 +221,24 @@ def test_the_loss_in_slices_is_the_plain_one(recipe, vocab_size, ignored):
     idx, targets = torch.randint(vocab_size, (2, 2, 12))
     targets.view(-1)[torch.randperm(24)[:ignored]] = -100
     losses = [model(idx, targets) for model in (one, two)]
+    (losses[1] / 3).backward()
+    error = sum_error(vocab_size)  # and 1e-5 for the layers below, which compute in float32
+    expected = F.cross_entropy(one.double()(idx).flatten(0, 1), targets.flatten())  # in float64
+    (expected / 3).backward()
     for loss in losses:
-        (loss / 3).backward()
-    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5 + error)
     for (name, p), twin in zip(one.named_parameters(), two.parameters()):
-        torch.testing.assert_close(p.grad, twin.grad, rtol=1e-4, atol=1e-6, msg=lambda message, name=name: f"{name}: {message}")
-    logits = two(idx)
-    torch.testing.assert_close(losses[1], F.cross_entropy(logits.flatten(0, 1), targets.flatten()), rtol=1e-5, atol=0)
+        assert (p.grad - twin.grad).norm() <= (1e-5 + error) * p.grad.norm(), name
 
 
+@numeric
 @both_recipes
 @pytest.mark.parametrize("rdrop", ["0", "1"])
 def test_the_same_text_is_learned_in_the_same_steps(recipe, rdrop, tmp_path, monkeypatch):
-    """Stage 2 with stage 1's tokenizer goes the same way: same losses, same files but the tokenizer's, same sample."""
+    """Stage 2 with stage 1's tokenizer goes the same way: same losses, same files but the tokenizer's, same sample.
+
+    Its sliced loss rounds otherwise: then the weights are those to rounding, and a sample may part from the other at a tie.
+    """
     (tmp_path / "songs.txt").write_text("Idzie noc, a za nią świt\nKtoś na dachu liczy zyski\n" * 20, encoding="utf-8")
     with monkeypatch.context() as patch:
         patch.setattr(gpt_tiktoken, "make_tokenizer", lambda config, text, checkpoint: Characters(gpt.make_tokenizer(
@@ -248,10 +257,10 @@ def test_the_same_text_is_learned_in_the_same_steps(recipe, rdrop, tmp_path, mon
     one, two = (torch.load(run / "model_last.pt", weights_only=True) for run in runs)
     assert one.keys() == two.keys() and one["model_config"] == two["model_config"]
     for name, p in one["model"].items():
-        torch.testing.assert_close(p, two["model"][name], rtol=1e-3, atol=1e-4)
+        assert (p - two["model"][name]).norm() <= 1e-3 * p.norm(), name  # AdamW divides rounding by gradients near zero
     for a, b in zip(one["history"], two["history"]):
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4) and a["iter"] == b["iter"]
-    assert len({(run / "output" / "sample.txt").read_text(encoding="utf-8") for run in runs}) == 1
+    assert rdrop == "0" or len({(run / "output" / "sample.txt").read_text(encoding="utf-8") for run in runs}) == 1
 
 
 class Characters:
