@@ -1,6 +1,6 @@
 """Stage 1: a GPT built by hand learns to write lyrics, one character at a time.
 
-    python gpt.py            # two cores: 2 to 5 minutes, 2.3 to 2.6 bits/character
+    python gpt.py            # two cores: 2 to 5 minutes, 2.3 to 2.6 bits/char
     python gpt.py --input assets/input/input2.txt --max_iters 5000
     python gpt.py --resume   # continue after Ctrl-C, a crash or a disconnect
     python gpt.py --sample_only --prompt "Noc nad miastem" --num_samples 3
@@ -50,7 +50,7 @@ SIZES = {
     # 0.8 million parameters: minutes on two cores
     "tiny": dict(n_layer=4, n_head=2, n_embd=128, block_size=512, grow=2, batch_size=4, dropout=0.1,
                  max_iters=2400, eval_interval=100, sample_interval=600),
-    # 10.7 million, the original's shape: for a GPU
+    # the original's shape: for a GPU
     "base": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, grow=0, batch_size=64, dropout=0.2,
                  max_iters=5000, eval_interval=100, sample_interval=500),
 }
@@ -137,7 +137,7 @@ class CharTokenizer:
         self.chars = chars + END
         self.end, self.vocab_size = len(chars), len(self.chars)
         small = torch.uint8 if self.vocab_size <= 256 else torch.int32
-        codes = torch.tensor([ord(char) for char in self.chars])
+        codes = torch.frombuffer(bytearray(self.chars, "utf-32-le"), dtype=torch.int32)
         self.number_of = torch.zeros(codes.max() + 1, dtype=small)  # from character codes to numbers
         self.number_of[codes] = torch.arange(self.vocab_size).to(small)
 
@@ -643,7 +643,7 @@ def average(number: float) -> float:
 
 
 def join_processes(facts: dict):
-    """Meet the other processes of this run. Stop if they differ in the text or in what they make of it."""
+    """Meet the other processes of this run. Stop if they differ in the text or in an option."""
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in facts["device"] else "gloo")
         everybodys = [None] * WORLD
@@ -662,7 +662,7 @@ def check_values(options: dict):
     """Stop if an option is not known, or its value is of another type or out of its range."""
     for name, value in options.items():
         f = Config.__dataclass_fields__.get(name)
-        if not f or type(value) is not f.type:
+        if not f or type(value) is not f.type or "\0" in str(value):
             raise Stop(f"--{name} {value!r} is not an option of this version")
         low, high, choices = (f.metadata[limit] for limit in ("low", "high", "choices"))
         if choices and value not in choices or f.type in (int, float) and not low <= value <= high:
@@ -787,7 +787,13 @@ def form(value):
         return {name: form(part) for name, part in value.items()}
     if isinstance(value, list):
         return [form(part) for part in value]
-    return (value.dtype, value.shape) if isinstance(value, torch.Tensor) else type(value)
+    return (value.dtype, value.shape, value.stride()) if isinstance(value, torch.Tensor) else type(value)
+
+
+def is_finite(saved: dict) -> bool:
+    """Are the losses and the weights numbers?"""
+    losses = torch.tensor([record["val_loss"] for record in saved["history"]])
+    return all(numbers.isfinite().all() for numbers in (losses, *saved["model"].values()))
 
 
 def check_checkpoint(saved: dict):
@@ -808,7 +814,8 @@ def check_checkpoint(saved: dict):
     record = dict(iter=0, train_loss=0.0, val_loss=0.0, val_bpc=0.0, learning_rate=0.0, seconds=0.0)
     ours = make_checkpoint(config, tokenizer, model, optimizers, scaler, [record] * len(history), 1)
     in_range = 0 <= history[-1]["iter"] <= config.max_iters and 0 < saved["context"] <= config.block_size
-    if form(saved) != form(ours | dict(corpus_sha256="")) or not in_range or not len(tokenizer.encode(tokenizer.start)):
+    in_range = in_range and len(tokenizer.encode(tokenizer.start)) and is_finite(saved)
+    if form(saved) != form(ours | dict(corpus_sha256="")) or not in_range:
         raise ValueError
 
 
@@ -817,8 +824,11 @@ def load_checkpoint(path: str) -> dict:
     try:
         with urllib.request.urlopen(path, timeout=30) if "://" in path else open(path, "rb") as source:
             file = io.BytesIO(source.read())  # read once, checked, then loaded
-        parts = zipfile.ZipFile(file)  # torch.load takes damaged numbers as they are
-        if sum(part.file_size for part in parts.infolist()) > len(file.getbuffer()) or parts.testzip():
+        archive = zipfile.ZipFile(file)
+        parts = archive.infolist()
+        packed = any(part.compress_type or part.external_attr for part in parts)  # none of ours
+        too_large = sum(part.file_size for part in parts) > len(file.getbuffer())
+        if packed or too_large or archive.testzip():  # torch.load takes damaged numbers as they are
             raise ValueError
         file.seek(0)
         saved = torch.load(file, map_location="cpu", weights_only=True)  # so that it cannot run code
@@ -867,19 +877,22 @@ def is_run(folder: Path) -> bool:
 
 def check_targets(config: Config):
     """Stop unless the run may write where it is told to. Leaves no trace."""
-    folder, text = Path(config.run_dir).resolve(), Path(config.input).resolve()
-    names = ["output", "save_path", "run_dir"]
-    for name in names[:1 if config.sample_only else 2 if config.resume else 3]:
+    names = ["run_dir", "save_path", "output"]
+    folder, best, text = (Path(name).resolve() for name in (config.run_dir, config.save_path, config.input))
+    for name in names[2 if config.sample_only else 1 if config.resume else 0:]:
         path = Path(getattr(config, name)).resolve()
-        parent = next(parent for parent in path.parents if parent.exists())
+        parent = next((parent for parent in path.parents if parent.exists()), path)
         if name == "run_dir":
-            samples = not path.is_file() and {part.name for part in path.rglob("*")} <= {"output", "sample.txt"}
             reason = "it is no folder of a run, or it holds the text or the current folder"
-            bad = not (is_run(path) or samples) or text.is_relative_to(path) or Path.cwd().is_relative_to(path)
+            ours = all(re.match(r"output$|sample\.txt", part.name) for part in path.rglob("*")) or is_run(path)
+            bad = path.exists() and not (path.is_dir() and ours)
+            bad = bad or text.is_relative_to(path) or Path.cwd().is_relative_to(path)
         else:
-            reason = "it is the text, a folder or a device, or it belongs to a run"
-            of_a_run = path != folder / "model_best.pt" and (path.parent == folder or is_run(path.parent))
-            bad = path == text or of_a_run or path.exists() and not path.is_file()
+            reason = "it is the text, the best checkpoint, a folder or a device, or it belongs to a run"
+            own = name == "save_path" and path == folder / "model_best.pt"
+            of_a_run = not own and (path.parent == folder or is_run(path.parent))
+            taken = path == text or name == "output" and path == best
+            bad = taken or of_a_run or path.exists() and not path.is_file()
         if bad or not parent.is_dir() or not os.access(parent, os.W_OK):
             raise Stop(f"cannot write --{name} {path} ({reason if bad else parent}): choose another")
 
@@ -900,7 +913,7 @@ def run_folder(config: Config, facts: dict):
         if not config.resume and folder.exists() and any(folder.iterdir()):
             keep_previous(folder)  # as a whole
         folder.mkdir(exist_ok=True)
-        for unfinished in folder.glob("*.tmp"):  # left by a kill
+        for unfinished in folder.rglob("*.tmp"):  # left by a kill
             unfinished.unlink()
         versions = dict(python=sys.version, torch=torch.__version__)
         write_json(folder / "config.json", dict(facts, options=asdict(config), versions=versions))
@@ -908,7 +921,8 @@ def run_folder(config: Config, facts: dict):
             best.parent.mkdir(parents=True, exist_ok=True)
             keep_previous(best)
             if config.resume:
-                best.write_bytes((folder / "model_best.pt").read_bytes())
+                with replacing(best) as file:
+                    file.write((folder / "model_best.pt").read_bytes())
         yield
     except FAILURES as e:
         if (folder / "model_last.pt").exists():
@@ -922,8 +936,7 @@ def run_folder(config: Config, facts: dict):
 def save(best: bool, checkpoint: dict, facts: dict):
     """Write a checkpoint as the last one and, if so, as the best; then the report. Stop if a number is NaN."""
     config, history = checkpoint["config"], checkpoint["history"]
-    numbers = [torch.tensor(history[-1]["val_loss"]), *checkpoint["model"].values()]
-    if not all(number.isfinite().all() for number in numbers):
+    if not is_finite(checkpoint):
         raise Stop(NAN, 1)
     paths = [config["save_path"], f"{config['run_dir']}/model_best.pt"] if best else []
     paths = dict.fromkeys([*paths, f"{config['run_dir']}/model_last.pt"])  # the one to continue from last
@@ -982,11 +995,12 @@ def write_samples(model, tokenizer, config: Config, context: int):
 # ------------------------------------------------------------------------------------------------- main
 FAILURES = (Stop, OSError, MemoryError, RuntimeError, KeyboardInterrupt)  # what may end a run
 MEMORY = "out of memory: lower --batch_size (and raise --grad_accum), --block_size or --n_embd"
-KNOWN = {"allocate": MEMORY, "out of memory": MEMORY, "connection": "another process of this run is gone",
-         "compiler": "--compile needs a C++ compiler: install g++, or leave --compile out"}
+KNOWN = {"alloc": MEMORY, "out of memory": MEMORY, "connection": "another process of this run is gone",
+         "compiler": "--compile needs a C++ compiler: install g++, or leave --compile out",
+         "inline_container": "a checkpoint cannot be written: is the disk full?"}
 
 
-def make_facts(config: Config, tokenizer, text: str, train_ids, device: torch.device) -> dict:
+def make_facts(config: Config, tokenizer, train_text: str, train_ids, device: torch.device) -> dict:
     """What can be said of a run before it starts. Stop if its parameters alone need more memory than there is."""
     with torch.device("meta"):  # shapes without memory
         model = GPTLanguageModel(config, tokenizer.vocab_size)
@@ -994,9 +1008,9 @@ def make_facts(config: Config, tokenizer, text: str, train_ids, device: torch.de
     if hasattr(os, "sysconf") and 16 * params > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise Stop(MEMORY)  # a weight, its gradient and two numbers of the optimizer, four bytes each
     return dict(
-        tokenizer.describe(split_corpus(text)[0], train_ids), params=params,
+        tokenizer.describe(train_text, train_ids), params=params,
         tokens_per_step=config.grad_accum * config.batch_size * config.block_size * WORLD,
-        device=str(device), seed=config.seed, corpus_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        device=str(device), seed=config.seed,
         dtype=str(mixed_precision(config.dtype, device).fast_dtype).removeprefix("torch."))
 
 
@@ -1019,6 +1033,10 @@ def run(given: dict) -> dict:
     given = inherit(given, saved)  # what a checkpoint says of options
     device = pick_device(given.get("device", "auto"))
     text = "" if given.get("sample_only") else read_corpus(given.get("input", Config.input))
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    if given.get("resume") and sha256 != saved["corpus_sha256"]:
+        raise Stop(f"--input {given['input']} (SHA-256 {sha256[:8]}) is not the text that this run began with "
+                   f"({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
     tokenizer = make_tokenizer(given, text, saved)
     tokenizer.encode(given.get("prompt", ""))  # does it know all of it?
     train_text, val_text = split_corpus(text)
@@ -1034,11 +1052,8 @@ def run(given: dict) -> dict:
     if len(train_ids) <= config.block_size or len(val_ids) < 2:
         raise Stop(f"{config.input} is too short ({len(text):,} characters) for --block_size {config.block_size}: "
                    "lower it, or bring more text")
-    facts = make_facts(config, tokenizer, text, train_ids, device)
-    if config.resume and facts["corpus_sha256"] != saved["corpus_sha256"]:
-        raise Stop(f"--input {config.input} (SHA-256 {facts['corpus_sha256'][:8]}) is not the text that this run began "
-                   f"with ({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
-    join_processes(facts)
+    facts = make_facts(config, tokenizer, train_text, train_ids, device) | dict(corpus_sha256=sha256)
+    join_processes(asdict(config) | facts)
     with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():
         say(f"{config.size}, {config.recipe}, {facts['params']:,} parameters on {device} in {facts['dtype']}; "
             f"{len(text):,} characters, {facts['vocab_size']:,} entries in the vocabulary, "

@@ -1,9 +1,9 @@
 """Stage 2: the same GPT on sub-words: what they buy, and what they cost.
 
-    python gpt_tiktoken.py    # OpenAI's gpt2 vocabulary; two cores: 2 to 4 minutes
+    python gpt_tiktoken.py  # the gpt2 vocabulary; two cores: 2 to 4 minutes
     python gpt_tiktoken.py --input assets/input/input2.txt --max_iters 5000
-    python gpt_tiktoken.py --tokenizer custom --vocab_size 2000   # of your text
-    python gpt_tiktoken.py --tokenizer polish           # that of a Polish GPT-2
+    python gpt_tiktoken.py --tokenizer custom --vocab_size 2000  # your text's
+    python gpt_tiktoken.py --tokenizer polish  # that of a Polish GPT-2
     python gpt_tiktoken.py --resume         # continue after Ctrl-C or a crash
     python gpt_tiktoken.py --sample_only --prompt "Noc nad miastem"
     torchrun --nproc_per_node=2 gpt_tiktoken.py --size base      # several GPUs
@@ -55,8 +55,10 @@ POLISH = "flax-community/papuGaPT2"
 
 # Options that are not given come from the size and the recipe.
 SIZES = {
+    # 13.7 million parameters with the gpt2 vocabulary: minutes on two cores
     "tiny": dict(n_layer=4, n_head=2, n_embd=128, block_size=256, grow=2, batch_size=4, dropout=0.2,
                  max_iters=300, eval_interval=50, sample_interval=100),
+    # the original's shape: for a GPU
     "base": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, grow=0, batch_size=64, dropout=0.2,
                  max_iters=5000, eval_interval=100, sample_interval=500),
 }
@@ -92,7 +94,6 @@ class Config:
     resume: bool = option(False, "continue from RUN_DIR/model_last.pt")
     load_url: str = option("", "start from the checkpoint at this http(s) or file address")
     sample_only: bool = option(False, "do not train: load the best checkpoint and write samples")
-    # the model
     # the tokenizer
     tokenizer: str = option("auto", "auto: --tokenizer_path, else tiktoken's, else a custom one",
                             choices=("auto", "tiktoken", "custom", "polish"))
@@ -101,6 +102,7 @@ class Config:
     encoding: str = option("gpt2", "tiktoken's", choices=("gpt2", "cl100k_base", "o200k_base"))
     vocab_size: int = option(2000, "entries of a custom tokenizer", 257, 2**20)
     prune_vocab: bool = option(False, "keep the entries that the text uses; spell all else with bytes")
+    # the model
     size: str = option("auto", "auto: base on a GPU, else tiny", choices=("auto", *SIZES))
     recipe: str = option("modern", "modern, or the original's classic", choices=tuple(RECIPES))
     n_layer: int = option(None, "transformer blocks", 1, 1000)
@@ -202,7 +204,7 @@ class BPETokenizer:
             self.core.add_special_tokens([END_TEXT])
         byte_of, vocab = byte_symbols(), self.core.get_vocab()
         if any(symbol not in vocab for symbol in byte_of) or self.core.decoder is None:
-            raise Stop("that tokenizer is no byte-level one with a decoder: it would lose characters")
+            raise Stop("that tokenizer is no byte-level one with a decoder, it would lose characters: take another")
         pieces = [b""] * (max(vocab.values()) + 1)  # the bytes of each entry
         for token, i in vocab.items():
             known = all(symbol in byte_of for symbol in token)
@@ -283,11 +285,13 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 
 
 def show_pieces(tokenizer: BPETokenizer, text: str):
-    """Print a line of the text with its pieces marked, and what a BPE of its words would join first."""
-    line = next((line for line in re.split(f"[\n{END}]", text) if len(line) > 30), text[:60])
-    pieces = [tokenizer.pieces[i].decode("utf-8", "replace") for i in tokenizer.encode(line).tolist()]
-    say(f"pieces: {'|'.join(pieces)}")
-    merges = learn_merges(Counter(re.findall(r"\w+", text[:200_000])), 8)  # by hand, so not of all
+    """Print a line of the text with its pieces marked, and what a BPE of its words would join first.
+
+    A character of several pieces stands in its last one.
+    """
+    line = max(re.split(f"[\n{END}]", text[:2000]), key=len)[:80]
+    say("pieces: " + "|".join(tokenizer.stream(tokenizer.encode(line).tolist())))
+    merges = learn_merges(Counter(re.findall(r"\w+", text[:20_000])), 8)  # by hand, so not of all
     word = next((word for word in re.findall(r"\w+", line) if len(cut_word(word, merges)) < len(word)), "")
     say("a BPE of this text begins with " + ", ".join(f"{a}+{b}" for a, b in merges)
         + f": {'|'.join(cut_word(word, merges))}")
@@ -989,18 +993,17 @@ def find_tokenizer(given: dict, text: str) -> tuple[Tokenizer, str]:
 def make_tokenizer(given: dict, text: str, checkpoint: dict | None) -> BPETokenizer:
     """The checkpoint's tokenizer, or a new one for the text. Stop if it would lose a character of the text."""
     path = Path(given.get("tokenizer_path", ""))
-    if checkpoint:
-        tokenizer = BPETokenizer(**checkpoint["tokenizer"])
-        if path != Path() and path.exists():
-            core, keep = read_tokenizer(path), tokenizer.state["keep"]
-            fits = max(keep or [0]) < core.get_vocab_size()
-            if not fits or BPETokenizer(core.to_str(), keep).pieces != tokenizer.pieces:
-                raise Stop(f"--tokenizer_path {path} is not the checkpoint's tokenizer: leave it out")
-        return tokenizer
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     writable = parent.is_dir() and os.access(parent, os.W_OK)
     if path != Path() and not path.exists() and not writable:
         raise Stop(f"cannot write --tokenizer_path {path}: choose another")
+    if checkpoint:
+        state = checkpoint["tokenizer"]
+        if path != Path() and path.exists():
+            theirs = BPETokenizer(read_tokenizer(path).to_str())
+            if theirs.pieces != BPETokenizer(state["source"]).pieces:
+                raise Stop(f"--tokenizer_path {path} is not the checkpoint's tokenizer: leave it out")
+        return BPETokenizer(**state)
     core, name = find_tokenizer(given, text)
     source, start = core.to_str(), next((char for char in END + "\n" if char in text), text[:1])
     tokenizer = BPETokenizer(source, start=start)
