@@ -93,6 +93,18 @@ def test_training_step_measures_each_row(monkeypatch, capsys):
     assert len(table(capsys.readouterr().out, "tiny", "base")) == 2
 
 
+def spin_rows(out):
+    return [line.strip("| ").split(" | ") for line in out.splitlines()[4:]]
+
+
+def test_a_step_is_measured_with_and_without_spinning_threads(monkeypatch, capsys):
+    step = "import json, os; print(json.dumps(dict(seconds=1 + len(os.environ.get('GOMP_SPINCOUNT', '')))))"
+    monkeypatch.setattr(busy, "STEP", [sys.executable, "-c", step])
+    monkeypatch.setenv("GOMP_SPINCOUNT", "77")
+    busy.main(["--rounds", "1"])
+    assert spin_rows(capsys.readouterr().out) == [["not set", "1000", "1000", "1.00"], ["1000", "5000", "5000", "1.00"]]
+
+
 def test_the_plain_loss_of_training_step_is_that_of_the_slices():
     config = gpt_tiktoken.make_config(SHAPE | dict(dropout=0.0), torch.device("cpu"))
     model, rows = gpt_tiktoken.GPTLanguageModel(config, 300), torch.randint(300, (2, 33))
@@ -210,6 +222,22 @@ def test_gpu_sh_keeps_what_gpu_py_prints(tmp_path):
     assert "measured benchmarks/gpu.py --size tiny" in log
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_versions_sh_runs_the_tests_with_the_lowest_and_the_newest(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    shutil.copy(FOLDER / "versions.sh", tmp_path / "benchmarks")
+    (tmp_path / "requirements.txt").write_text("torch>=2.6\ntqdm>=4.66\n")
+    (tmp_path / "uv").write_text("""#!/bin/sh
+if [ "$1" = venv ]; then for folder; do :; done; mkdir -p "$folder/bin"; ln -s /bin/echo "$folder/bin/python"; fi
+if [ "$2" = list ]; then printf 'torch 2.6.0\nother 1\n'; fi
+""")
+    (tmp_path / "uv").chmod(0o755)
+    done = subprocess.run(["bash", "benchmarks/versions.sh"], check=True, capture_output=True, text=True, cwd=tmp_path,
+                          env=dict(os.environ, PATH=f"{tmp_path}:{os.environ['PATH']}"))
+    expected = [line for kind in ("lowest-direct", "highest") for line in (f"== {kind}", "torch 2.6.0", "-m pytest -q")]
+    assert done.stdout.splitlines() == expected
+
+
 # ------------------------------------------------------------------------------------------- quality
 class OneByOne(ThreadPoolExecutor):
     """A pool whose work is done here, in turn."""
@@ -302,18 +330,6 @@ def lyrics(folder):
     path = folder / "lyrics.txt"
     path.write_text("Noc nad miastem, w oknach śpi światło\nA ja liczę gwiazdy\n" * 80, encoding="utf-8")
     return path
-
-
-def spin_rows(out):
-    return [line.strip("| ").split(" | ") for line in out.splitlines()[4:]]
-
-
-def test_a_step_is_measured_with_and_without_spinning_threads(monkeypatch, capsys):
-    step = "import json, os; print(json.dumps(dict(seconds=1 + len(os.environ.get('GOMP_SPINCOUNT', '')))))"
-    monkeypatch.setattr(busy, "STEP", [sys.executable, "-c", step])
-    monkeypatch.setenv("GOMP_SPINCOUNT", "77")
-    busy.main(["--rounds", "1"])
-    assert spin_rows(capsys.readouterr().out) == [["not set", "1000", "1000", "1.00"], ["1000", "5000", "5000", "1.00"]]
 
 
 @pytest.mark.slow
