@@ -1078,7 +1078,9 @@ def form(value):
         return {name: form(part) for name, part in value.items()}
     if isinstance(value, list):
         return [form(part) for part in value]
-    return (value.dtype, value.shape, value.stride()) if isinstance(value, torch.Tensor) else type(value)
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.layout, value.stride()
+    return type(value)
 
 
 def is_finite(saved: dict) -> bool:
