@@ -1,14 +1,12 @@
-"""Stage 0: collect the lyrics of one artist from Genius into a clean text file, the corpus of the other stages.
+"""Stage 0: collect the lyrics of one artist from Genius into a clean text file, for the other stages.
 
-    python data_collection.py --artist "Tede"              # -> assets/input/tede.txt and tede.report.json
-    python data_collection.py --artist_id 123              # when several artists share a name
-    python data_collection.py --artist "Tede" --offline    # rebuild the corpus from the cache: no network, no token
+    python data_collection.py --artist "Tede"              # -> assets/input/tede.txt, tede.report.json
+    python data_collection.py --artist "Tede" --offline    # build the corpus again: without network
 
 In a Colab cell:  import data_collection; data_collection.main(["--artist", "Tede"])
-The access token is free (https://genius.com/api-clients). It comes from --token_file, the environment variable
-GENIUS_ACCESS_TOKEN, a line GENIUS_ACCESS_TOKEN=... in the file .env, or Colab's secrets. Songs are kept one by one in
-assets/input/.genius/<artist_id>/: after a crash, a kill or a block the same command goes on and asks only for what is
-missing. With --delay 0.5, 1,000 songs take nine minutes or more.
+It needs a free token (https://genius.com/api-clients): in the variable GENIUS_ACCESS_TOKEN, in .env, in
+Colab's secrets or in --token_file. Songs are stored in assets/input/tede.sqlite as they come: after a
+crash, a kill or a block the same command continues. 1,000 songs take about ten minutes.
 """
 
 import argparse
@@ -17,480 +15,574 @@ import json
 import os
 import re
 import shlex
-import shutil
+import sqlite3
 import sys
 import time
 import unicodedata
 from collections import Counter
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from contextlib import closing, contextmanager, suppress
+from email.utils import parsedate_to_datetime
+from html import unescape
 from pathlib import Path
 
 import lyricsgenius
 import requests
-import urllib3
 from tqdm.auto import tqdm
 
 ARTIST_NAME = "Tede"  # the default of --artist
+FOLDER = Path("assets/input")  # where the files go
 SEPARATOR = "<|endoftext|>"  # alone on a line between two songs
-FOLDER = Path("assets/input")
-CACHE = FOLDER / ".genius"
+GIVE_UP = 5  # songs in a row that do not come
 IN_NOTEBOOK = "ipykernel" in sys.modules  # a Jupyter or Colab kernel
-TIMEOUT = 15.0  # seconds without an answer
-RETRIES, BACKOFF = 5, 1.0  # further tries after a fault that may pass; seconds before the first, doubled each time
-TOKEN_NAME = "GENIUS_ACCESS_TOKEN"
-TOKEN_HELP = f"get one at https://genius.com/api-clients, then set {TOKEN_NAME} or give --token_file FILE"
 
 
-class UserError(Exception):
-    """Something the user can put right: one line, exit status 2."""
+class Stop(Exception):
+    """Ends the program with one line that says what to do, and status 2."""
 
 
-class RunError(Exception):
-    """Something that went wrong while running: one line, exit status 1."""
+class Trouble(Exception):
+    """An answer that could not be had or understood. It is not stored: the next run asks again."""
 
 
-# ---------- Config ----------
-def option(default, help, **more):
-    """A dataclass field that argparse is made from."""
-    return field(default=default, metadata={"help": help, **more})
+# ------------------------------------------------------------------------------------------ database
+SCHEMA = """
+CREATE TABLE artist (id INTEGER PRIMARY KEY, name TEXT NOT NULL,
+    next_page INTEGER DEFAULT 1,      -- of the list, to ask for next; NULL: the list is whole
+    odd_entries INTEGER DEFAULT 0);   -- in the list: without id, title, address or artist
+CREATE TABLE song (id INTEGER PRIMARY KEY, title TEXT NOT NULL, url TEXT NOT NULL,
+    lyrics_state TEXT NOT NULL,       -- as the list says: complete, unreleased, instrumental...
+    primary_ids TEXT NOT NULL,        -- the ids of its main artists
+    page INTEGER, new_page INTEGER,   -- of the list; of a list that is not whole yet
+    state TEXT DEFAULT 'wanted' CHECK (state IN ('wanted', 'lyrics', 'none')),
+    text TEXT,                        -- the lyrics, not cleaned; else why there are none
+    tries INTEGER DEFAULT 0, time TEXT);  -- how often, and when its page was asked for
+CREATE TABLE written (sha256 TEXT PRIMARY KEY);  -- the files that were made from this database
+"""
+INSERT_SONG = """INSERT INTO song (id, title, url, lyrics_state, primary_ids, new_page)
+VALUES (:id, :title, :url, :lyrics_state, :primary_ids, :page) ON CONFLICT (id) DO UPDATE SET
+state = iif(url = :url, state, 'wanted'), title = :title, url = :url, lyrics_state = :lyrics_state,
+primary_ids = :primary_ids, new_page = :page"""
+SELECT_SONG = "SELECT id, title, url, state, text, tries FROM song WHERE id = ?"
+UPDATE_SONG = "UPDATE song SET state = ?, text = ?, tries = tries + 1, time = datetime() WHERE id = ?"
 
 
-@dataclass(frozen=True)
-class Config:
-    """Every option once: its name, type, default and help."""
-
-    artist: str = option(ARTIST_NAME, "name of the artist; case, diacritics and punctuation do not matter")
-    artist_id: int | None = option(None, "Genius id of the artist, instead of the name", type=int)
-    output: str | None = option(None, f"corpus file (default: {FOLDER}/<artist>.txt)")
-    token_file: str | None = option(None, "file that holds the Genius access token")
-    include_features: bool = option(False, "also songs that only feature the artist", action="store_true")
-    versions: str = option("all", "remixes, live versions…: all, or only the first of a song", choices=("all", "first"))
-    max_songs: int | None = option(None, "at most that many songs, the first by title", type=int)
-    keep_headers: bool = option(False, "keep section headers such as [Refren]", action="store_true")
-    offline: bool = option(False, "rebuild the corpus from the cache, without network", action="store_true")
-    delay: float = option(0.5, "seconds between two requests (default: 0.5)", type=float)
+# --------------------------------------------------------------- what a server sends is checked here
+def dicts(value):
+    """The objects in a JSON list; none if it is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def parse_args(argv: list[str] | None = None) -> Config:
-    """Read and check the options. Raises UserError or ArgumentError, without a value that may be a token."""
-    if argv is None:
-        argv = sys.argv[1:]
-        if IN_NOTEBOOK:  # these started the kernel: -f kernel.json (Jupyter, Colab), --f=kernel.json (VS Code)
-            argv = argv[2:] if argv[:1] == ["-f"] else [arg for arg in argv if not arg.startswith("--f=")]
-    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False, description=__doc__.partition("\n")[0])
-    for f in fields(Config):
-        parser.add_argument(f"--{f.name}", default=f.default, **f.metadata)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = next((arg.partition("=")[0] for arg in unknown if arg.startswith("-")), "words without an option")
-        hint = f"it would stay in the shell's history; {TOKEN_HELP}" if name == "--token" else "see --help"
-        raise UserError(f"there is no place for {name}: {hint}")
-    config = Config(**vars(args))
-    if not 0 <= config.delay <= 3600 or any(n is not None and n < 1 for n in (config.max_songs, config.artist_id)):
-        raise UserError("--delay must lie between 0 and 3600, --max_songs and --artist_id must be 1 or more")
-    if not (config.artist.strip() and config.artist.isprintable()):
-        raise UserError("--artist is empty or holds unprintable characters")
-    path = Path(config.output or CACHE / "artist").absolute()
-    parent = next(p for p in path.parents if p.exists())
-    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"no file can be made at {path}; give another --output or change the folder")
-    return config
+def checked(thing):
+    """Id and texts of an artist or a song, without those that are not what they should be."""
+    kept = {}  # what fits
+    for key in ("name", "title", "url", "lyrics_state"):
+        text = thing[key] if isinstance(thing.get(key), str) else ""
+        text = "".join(c if c.isprintable() else " " * c.isspace() for c in text)  # no escapes
+        kept[key] = " ".join(text.split())[:300]  # one line
+    if type(thing.get("id")) is int and 0 < thing["id"] < 2**53:  # True is no number here
+        kept["id"] = thing["id"]
+    return {key: value for key, value in kept.items() if value}
 
 
-# ---------- Token ----------
-def find_token(config: Config) -> str:
-    """The Genius access token: alone or as a line NAME=token, from the first place that holds one."""
-    line = re.compile(rf"^\s*(?:export\s+)?{TOKEN_NAME}\s*=(.*)", re.M)
-    place, text = f"the variable {TOKEN_NAME}", os.environ.get(TOKEN_NAME, "")
-    if config.token_file:
+def checked_song(entry):
+    """An entry of the list as a row of the table; empty without id, title, address or artist."""
+    people = dicts(entry.get("primary_artists")) or dicts([entry.get("primary_artist")])
+    song = {"lyrics_state": "complete", "url": ""} | checked(entry)  # not told: the page will tell
+    if entry.get("instrumental") is True:
+        song["lyrics_state"] = "instrumental"
+    song["primary_ids"] = " ".join(str(checked(person).get("id", 0)) for person in people)
+    whole = people and song.keys() >= {"id", "title"}
+    return song if whole and song["url"].startswith("https://genius.com/") else {}
+
+
+# ------------------------------------------------------------------------------------------- artist
+def normalized(text: str) -> str:
+    """A text without case, diacritics, punctuation, invisible marks: "O.S.T.R." -> "ostr"."""
+    text = text.casefold().translate(str.maketrans("łøđı", "lodi"))  # these do not decompose
+    letters = unicodedata.normalize("NFKD", text)
+    kept = (c for c in letters if unicodedata.category(c)[0] not in "MPC")
+    return " ".join("".join(kept).split()) or text.strip()
+
+
+def find_artist(genius, args):
+    """The artist with our id, or the one whose name is ours, normalized. Raises Stop with candidates."""
+    if args.artist_id:
+        answer = dicts([genius.artist(args.artist_id).get("artist")])
+        return {"name": f"artist {args.artist_id}", **checked(*answer or [{}]), "id": args.artist_id}
+    found, matches, page, more = {}, [], 1, True  # found: id -> name, in Genius' order
+    while more and not matches and page <= 10:  # the right one may stand behind others
+        sections = dicts(genius.search_all(args.artist, per_page=5, page=page).get("sections"))
+        hits = [hit for section in sections for hit in dicts(section.get("hits"))]
+        results = [hit.get("result") for hit in hits if hit.get("index") == "artist"]
+        whole = [artist for artist in map(checked, dicts(results)) if artist.keys() >= {"id", "name"}]
+        new = {artist["id"]: artist["name"] for artist in whole}
+        found, page, more = found | new, page + 1, new.keys() - found.keys()
+        matches = [i for i in found if normalized(found[i]) == normalized(args.artist)]
+    if len(matches) == 1:  # never the first of several
+        return {"id": matches[0], "name": found[matches[0]]}
+    offered = "".join(f"\n  --artist_id {i}  # {found[i]}" for i in matches or found)
+    hint = f"choose one:{offered}" if found else "check the spelling"
+    raise Stop(f'Genius has {len(matches) or "no"} artists like "{args.artist}"; {hint}')
+
+
+# -------------------------------------------------------------------------------------------- songs
+TITLE_RULES = {  # why a song is left out; "Credits" may be one, but not "Album (Credits)"
+    "translations": r"[(\[][^()\[\]]*(translat|tłumacz|traduc|traduç|traduz|übersetz|перевод|çeviri|översätt|romaniz)",
+    "annotation pages": r"\b(track ?lista?|album art(work)?|liner notes)\b"  # anywhere in the title
+    r"| discography$| [-–] credits$|[(\[][^()\[\]]*(credits|interview|wywiad|booklet|setlist)",
+    "instrumentals": r"[(\[][^()\[\]]*\binstrumental",  # in brackets
+}
+TAG = r"\b(remix|rmx|live|na żywo|acoustic|akustyczn\w*|unplugged|demo|edit|extended|remaster\w*|mix|version|wersja)\b"
+VERSION = rf"(?i) ?[(\[][^()\[\]]*{TAG}[^()\[\]]*[)\]]| - [^-]*{TAG}.*$| (remix|rmx)$"
+
+
+def list_songs(genius, db):
+    """Fetch the discography page by page; an interrupted list is continued."""
+    artist_id, page, odd = db.execute("SELECT id, next_page, odd_entries FROM artist").fetchone()
+    while page:
+        answer = genius.artist_songs(artist_id, per_page=50, page=page, sort="title")
+        entries, following = answer.get("songs"), answer.get("next_page", 0)
+        fits = following is None or type(following) is int and page < following <= 2000  # 100,000 songs
+        if not fits or not isinstance(entries, list):
+            raise Trouble(f"page {page} of the list is not what it should be")
+        songs = [song | {"page": page} for song in map(checked_song, dicts(entries)) if song]
+        odd = len(entries) - len(songs) + (odd if page > 1 else 0)
+        with db:  # one transaction: the songs of the page and our place in the list
+            db.executemany(INSERT_SONG, songs)
+            db.execute("UPDATE artist SET next_page = ?, odd_entries = ?", [following, odd])
+            if not following:  # the new list is whole: it takes the place of the old one
+                db.execute("UPDATE song SET page = new_page, new_page = NULL")
+        page = following
+
+
+def exclusion(song, artist, include_features: bool) -> str:
+    """Why a song of the list is left out, "" if it is not."""
+    for reason, pattern in TITLE_RULES.items():
+        if re.search(pattern, song["title"], re.I):
+            return reason
+    if song["lyrics_state"] != "complete":  # nothing to ask for
+        return "instrumentals" if song["lyrics_state"] == "instrumental" else "lyrics not complete"
+    ours = str(artist["id"]) in song["primary_ids"].split()
+    return "" if ours or include_features else "features"
+
+
+def select(db, args):
+    """The ids of the songs to collect, by title, and what is left out, counted by reason."""
+    artist = db.execute("SELECT * FROM artist").fetchone()
+    chosen, titles, excluded = [], set(), Counter({"odd entries": artist["odd_entries"]})
+    for song in db.execute("SELECT * FROM song WHERE page NOT NULL ORDER BY title, id"):
+        title, is_version = re.subn(VERSION, "", song["title"])
+        reason = exclusion(song, artist, args.include_features)
+        if not reason and args.versions == "first" and is_version and normalized(title) in titles:
+            reason = "other versions"  # if marked as such: two songs may be called "Intro"
+        if not reason and len(chosen) == args.max_songs:
+            reason = "beyond --max_songs"
+        if reason:
+            excluded[reason] += 1
+        else:
+            chosen.append(song["id"])
+            titles.add(normalized(title))
+    return chosen, +excluded
+
+
+def fetch_songs(genius, db, chosen):
+    """Ask for the page of each chosen song that is still wanted. Raises Trouble if nothing comes."""
+    tries = dict(db.execute("SELECT id, tries FROM song WHERE state = 'wanted'").fetchall())
+    wanted = sorted((i for i in chosen if i in tries), key=tries.get)  # what failed comes last
+    often = 0.1 if sys.stderr.isatty() or IN_NOTEBOOK else 30  # seconds between pictures of the bar
+    failures = 0
+    for song_id in (bar := tqdm(wanted, unit="song", mininterval=often, dynamic_ncols=True)):
+        title, url = db.execute("SELECT title, url FROM song WHERE id = ?", [song_id]).fetchone()
+        bar.set_postfix_str(title[:40], refresh=False)
         try:
-            place, text = "--token_file", Path(config.token_file).read_text(encoding="utf-8-sig", errors="replace")
-        except OSError:  # the value is not repeated: it may be the token itself
-            raise UserError("--token_file can't be read; it takes the name of a file, not the token") from None
-    elif not text.strip() and Path(".env").is_file():
-        place, text = ".env", "".join(line.findall(Path(".env").read_text(encoding="utf-8-sig", errors="replace"))[:1])
-    if not text.strip() and "google.colab" in sys.modules:  # inside a Colab cell
-        from google.colab import userdata
-        with suppress(userdata.SecretNotFoundError, userdata.NotebookAccessError):
-            place, text = "Colab's secret", userdata.get(TOKEN_NAME) or ""
-    found = line.search(text)
-    token = (found[1] if found else text).strip().strip("\"'")
-    if not token:
-        raise UserError(f"no Genius access token; {TOKEN_HELP}")
-    if not re.fullmatch("[!-~]+", token):  # requests would repeat it in its error message
-        raise UserError(f"{place} holds spaces or characters that no token has; copy the token again")
-    return token
+            url = url.replace("https://genius.com/", genius.WEB_ROOT)
+            (state, text), failures = read_page(genius._session.request("GET", url).text), 0
+        except Trouble as trouble:
+            state, text, failures = "wanted", str(trouble), failures + 1
+        with db:  # one transaction a song
+            db.execute(UPDATE_SONG, [state, text, song_id])
+        if failures == GIVE_UP:
+            raise Trouble(f"{text}, {GIVE_UP} songs in a row: it seems that Genius blocks us")
 
 
-# ---------- Requests: politeness and faults ----------
+# ------------------------------------------------------------------------------------------- a page
+ELEMENT = re.compile(r"<(/?)([a-zA-Z][^\s<>/]*)([^<>]*)>|<[!?][^<>]*>")  # no page can slow it down
+LYRICS = re.compile(r"""data-lyrics-container\s*=\s*["']?true""")  # an attribute
+NOT_LYRICS = re.compile(r"""data-exclude-from-selection\s*=\s*["']?true|LyricsHeader""")
+BREAKS = {"br": "\n", "p": "\f"} | dict.fromkeys("div li h1 h2 h3 h4 h5 h6".split(), "\v")
+STATE = r"(?s)window\.__PRELOADED_STATE__\s*=\s*JSON\.parse\('((?:[^'\\]|\\.)*+)'\)"
+
+
+def lyrics_text(html: str) -> str:
+    """The text of a page's lyrics containers, without what Genius marks as not part of them."""
+    parts, end = [], 0
+    box, inside, skipped, depth = "", 0, "", 0  # a container, a skipped part: tag, how many open
+    for tag in ELEMENT.finditer(html):  # no tree: a page may nest 100,000 elements
+        name, step, attributes = (tag[2] or "").lower(), -1 if tag[1] else 1, tag[3] or ""
+        if inside and not depth:  # what stands before this tag is lyrics
+            parts += [unescape(re.sub(r"\s+", " ", html[end : tag.start()])), BREAKS.get(name, "")]
+        end = tag.end()
+        if depth:  # in a script only its end counts
+            depth += step * (name == skipped and (step < 0 or name not in ("script", "style")))
+        elif name in ("script", "style") or NOT_LYRICS.search(attributes):
+            skipped, depth = name, int(name not in ("br", "hr", "img", "input"))  # have no end
+        elif inside:
+            inside += step * (name == box)
+        elif LYRICS.search(attributes):
+            box, inside = name, 1
+            parts.append("\v")
+    text = "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "ignore")  # whole characters
+    text = re.sub(r" ?([\n\v\f]) ?", r"\1", re.sub(" +", " ", text))
+    text = re.sub(r"[\n\v]*+\f[\n\v\f]*", "\n\n", text)  # \f, a paragraph: an empty line
+    return re.sub(r"(?<![\n\v])\v+", "\n", text).replace("\v", "").strip()  # \v: a new line
+
+
+def read_page(page: str):
+    """("lyrics", the text) or ("none", why there are none). Raises Trouble if the page says neither."""
+    with suppress(ValueError, OverflowError, TypeError, LookupError, AttributeError, RecursionError):
+        lyrics, words = lyrics_text(page), re.findall(r"LyricsPlaceholder[^<>]*>([^<]*)", page)
+        if not lyrics and (state := re.search(STATE, page)):
+            state = json.loads(lyricsgenius.utils.decode_js_string(state[1]))
+            data = state["songPage"]["lyricsData"]
+            words.append(str(data.get("lyricsPlaceholderReason")))
+            lyrics = lyrics_text('<p data-lyrics-container="true">' + data["body"]["html"] + "</p>")
+        if lyrics:
+            return "lyrics", lyrics
+        if re.search("instrumental|transcribed|released", " ".join(words)):  # Genius' own word
+            return "none", " ".join(words)[:200]
+    raise Trouble("no page with lyrics, nor one that says why there are none")
+
+
+# ----------------------------------------------------------------------------------------- cleaning
+SECTION = r"(?i:zwrotk|refren|ref\b|intro|outro|verse|chorus|hook|pre-|bridge|interlud|skit|część|part\b|cuty|tekst)"
+MARKS = "\u0300-\u036f\u0483-\u0489\u0591-\u05c7\u0610-\u065f\u0e31-\u0e4e\u1dc0-\u1dff\u20d0-\u20ff"
+RULES = {  # name -> (pattern, replacement), in this order; the time of each grows with the text only
+    "line ends": (r"\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]", "\n"),  # Windows', old Mac's, Unicode's
+    # control characters, soft hyphens, zero-width and bidi marks, lone surrogates
+    "invisible marks": (r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f"
+                        r"\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff]", ""),
+    "typographic spaces": (r"[^\S\n ]", " "),  # tabs, no-break, thin, em... spaces
+    "spaces": (r"  +", " "),
+    "ends of lines": (r"(?m)^ +| +$", ""),
+    "empty lines": (r"\A\n+|(?<=\n\n)\n+|\n+\Z", ""),
+    "stacked marks": (f"(?<=[{MARKS}]{{4}})[{MARKS}]+", ""),  # to order n takes n * n steps
+    # "12 ContributorsTranslationsEnglishTitle Lyrics", a description that ends in "... Read More"
+    "contributor counts": (r"\A\s*\d[\d.,]* Contributors?"
+                           r"([^\n]{0,300}? Lyrics((?s:.{0,5000}?)(…|\.{3}) ?Read More)?)?", ""),
+    # "See Somebody LiveGet tickets as low as $45"
+    "adverts": (r"(?:See (?:(?!See )[^\n]){1,80}? Live)?Get tickets as low as "
+                r"(?:[^\w\s]|[A-Z]{2,3}\$?)? ?\d+(?:[.,]\d+)*", "\n"),
+    # alone on its line or glued between two lines; "You might also like me" is somebody's line
+    "You might also like": (r"(?m)(?:^\d*|(?<=\S))You might also like(?= ?$|[A-ZĄĆĘŁŃÓŚŹŻ0-9\[(\"„“])", "\n"),
+    # at the end, with the number of embeds; a number after a space may be the song's own and stays
+    "Embed": (r"(?m)(?:^\d*|(?<=[^\s\d])\d+|(?<=\S))(?:(?<=\d)(?:\.\d+)?K)?"
+              r"Embed(Share URLCopyEmbedCopy)?\s*\Z", ""),
+    # [anything] alone on a line; [section ...] anywhere, over line breaks too, or never closed
+    "section headers": (r"(?m)^\[(?:[^\[\]\n]|\[[^\[\]\n]*\])*\] ?:? ?$|"
+                        rf"\[{SECTION}(?:(?!\n\n)[^\[\]]){{0,100}}\] ?:?|^\[{SECTION}[^\[\]\n]{{0,60}}$", "\n\n"),
+    "separators": (rf"(?m)^ ?{re.escape(SEPARATOR)} ?$", ""),  # a line that would end the song
+}  # fmt: skip
+LOOK_ALIKES = str.maketrans("АВЕІКМНОРСТУХаеіјкорсухΑΒΕΖΗΙΚΜΝΟΡΤΥΧανορυ", "ABEIKMHOPCTYXaeijkopcyxABEZHIKMNOPTYXavopu")
+
+
+def mend_word(match) -> str:
+    """Cyrillic and Greek look-alikes to Latin in a word whose other letters, at least half, are Latin."""
+    word = match[0].translate(LOOK_ALIKES)
+    if word == match[0] or 2 * sum(map(str.__ne__, word, match[0])) > len(word):
+        return match[0]
+    names = (unicodedata.name(c, "") for c in word if not unicodedata.combining(c))
+    return word if all(name.startswith("LATIN") for name in names) else match[0]
+
+
+def clean(text: str, keep_headers: bool = False):
+    """Lyrics as a person wrote them, and how often each rule applied. Again, it changes nothing."""
+    fixed = Counter()
+    for _ in range(20):  # one rule may uncover work for another; what needs more is no lyric
+        before = text
+        for name, (pattern, replacement) in RULES.items():  # in this order
+            if not (keep_headers and name == "section headers"):
+                text, count = re.subn(pattern, replacement, text)
+                fixed[name] += count
+        composed = unicodedata.normalize("NFC", text)
+        fixed["composed letters (NFC)"] += max(len(text) - len(composed), text != composed)
+        text = re.sub(r"(?:[^\W\d_]|[\u0300-\u036f])+", mend_word, composed)
+        fixed["look-alikes"] += sum(map(str.__ne__, text, composed))
+        if text == before:
+            break
+    return text, +fixed
+
+
+# ------------------------------------------------------------------------------------------- corpus
+def build(db, args):
+    """The corpus, its songs in the order of their ids, and the report on it."""
+    chosen, excluded = select(db, args)
+    corpus, texts, fixed, failed = [], {}, Counter(), []
+    for song_id in sorted(chosen):  # whatever order they came in
+        song = db.execute(SELECT_SONG, [song_id]).fetchone()
+        text, counts = clean(song["text"] if song["state"] == "lyrics" else "", args.keep_headers)
+        plain = normalized(text)
+        if song["state"] == "wanted":
+            excluded["not fetched"] += 1
+            failed += [dict(song)] * bool(song["tries"])  # with what went wrong
+        elif plain in ("", "instrumental", "this song is an instrumental"):
+            excluded["instrumentals" if "instrumental" in song["text"].lower() else "no lyrics"] += 1
+        elif texts.setdefault(plain, song_id) != song_id:  # the same but for case and punctuation
+            excluded["repeated songs"] += 1
+        else:
+            corpus.append(text)  # in memory: a megabyte for 500 songs
+            fixed += counts
+    text = f"\n{SEPARATOR}\n".join(corpus) + "\n"
+    counts = {"songs": len(corpus), "characters": len(text), "excluded": excluded, "fixed": fixed}
+    return text, counts | {"failed": failed}
+
+
+def collect(args):
+    """Fetch what the database lacks, write corpus and report; returns the report."""
+    genius, stopped = None if args.offline else connect(args), ""
+    with database(args, genius) as db:
+        try:
+            if genius:
+                list_songs(genius, db)
+                fetch_songs(genius, db, select(db, args)[0])
+        except Trouble as trouble:  # what is there becomes a corpus all the same
+            stopped = str(trouble)
+        corpus, report = build(db, args)
+        if not report["songs"]:
+            problems = [song["text"] for song in report["failed"]] or [dict(report["excluded"])]
+            raise Trouble(f"there is no song to write: {stopped or problems[0]}")
+        report["artist_id"], name = db.execute("SELECT id, name FROM artist").fetchone()
+        report |= {"artist": name, "output": str(args.output), "stopped": stopped}
+        write(db, args.output, corpus)
+        write(db, args.report, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+        with db:  # after a whole run the next one looks for new songs
+            db.execute("UPDATE artist SET next_page = 1 WHERE ?", [bool(genius and not stopped)])
+    if (FOLDER / ".genius").is_dir():  # it is left as it is
+        print(f"{FOLDER / '.genius'} holds songs of an earlier version: they are no longer read")
+    print(f"{name}: {report['songs']:,} songs, {len(corpus):,} characters -> {args.output}")
+    for kind in ("excluded", "fixed"):
+        for why, count in report[kind].items():
+            print(f"  {kind:8} {count:8,}  {why}")
+    for song in report["failed"][:20]:
+        print(f"  lost: {song['title']}: {song['text']} ({song['url']})")
+    print(f"next: python gpt.py --input {shlex.quote(str(args.output))}")
+    return report
+
+
+# -------------------------------------- the end of the lesson: requests, files, token, command line
+TIMEOUT, HOUR = 15.0, 3600.0  # seconds: without an answer; of waiting between two good answers
+RETRIES, BACKOFF = 5, 1.0  # further tries after a fault; seconds before the first, then doubled
+LARGEST = 4_000_000  # bytes of an answer, unpacked
+TOKEN_NAME = "GENIUS_ACCESS_TOKEN"
+TOKEN_HELP = f"get one at https://genius.com/api-clients, then set {TOKEN_NAME} or --token_file FILE"
+SEARCH_HELP = "; if it is the search: give --artist_id, from genius://artists/ID in the artist's page's source"
+REFUSED = "Genius refuses (HTTP 403), as it does many data centres: another computer may help"
+
+
 class PoliteSession(requests.Session):
-    """Keeps a distance between requests and repeats them after faults that may pass; its errors show nothing sent."""
+    """Keeps a distance between requests, repeats them after faults, lets sound answers through."""
 
-    def __init__(self, genius: lyricsgenius.Genius, delay: float):
-        super().__init__()
-        self.headers.update(genius._session.headers)
-        self.delay, self.public_root, self.ready_at = delay, genius.PUBLIC_API_ROOT, 0.0
+    delay, ready_at, patience = 0.0, 0.0, HOUR
 
     def request(self, method, url, **kwargs):
-        """As in requests, but only sound answers come back. Raises RequestException, RunError, UserError."""
-        is_page = not kwargs.get("headers") and not url.startswith(self.public_root)
-        for wait in [*(BACKOFF * 2**i for i in range(RETRIES)), None]:
+        """As in requests, or raises Trouble or Stop, which repeat nothing of what was sent."""
+        is_page = "params" not in kwargs  # lyricsgenius asks for JSON, and with parameters
+        for backoff in (*(BACKOFF * 2**i for i in range(RETRIES)), 0):
             time.sleep(max(0.0, self.ready_at - time.monotonic()))
+            asked = ""
             try:
-                response = super().request(method, url, **kwargs)
-            except requests.RequestException as error:
-                problem, asked = type(error).__name__, "0"
-            else:
-                problem, asked = self.problem(response, is_page), response.headers.get("Retry-After", "0")
+                kwargs |= {"timeout": TIMEOUT, "stream": True}  # read no more than LARGEST
+                with super().request(method, url, **kwargs) as response:
+                    asked = response.headers.get("Retry-After", "")
+                    problem = self.fault(response, is_page)
+            except (requests.RequestException, ValueError, RecursionError) as error:
+                problem = type(error).__name__
             self.ready_at = time.monotonic() + self.delay
             if not problem:
+                self.patience = HOUR  # a good answer starts it anew
                 return response
-            if wait is None:
-                raise requests.RequestException(f"no good answer from Genius ({problem}, {RETRIES + 1} times)")
-            with suppress(urllib3.exceptions.InvalidHeader):
-                wait = max(wait, urllib3.Retry().parse_retry_after(asked))  # seconds or a date
-            if wait >= 5:
-                tqdm.write(f"{problem}: waiting {wait:.0f} s", file=sys.stderr)
-            time.sleep(wait)
+            if backoff:
+                self.wait(backoff, asked, problem)
+        raise Trouble(f"no good answer from Genius ({problem}, {RETRIES + 1} times)")
 
-    def problem(self, response, is_page: bool) -> str:
-        """What is wrong with an answer but may pass, or ""; raises for what won't pass."""
-        status, text = response.status_code, response.content.decode("utf-8", "replace")  # whatever the header says
+    def wait(self, seconds, asked, problem):
+        """Sleep for so long, or as long as a Retry-After header asks; tell it every minute."""
+        with suppress(ValueError, OverflowError, TypeError, IndexError):  # a number or a date
+            number = float(asked) if asked.isdecimal() else 0.0
+            seconds = max(seconds, number or parsedate_to_datetime(asked).timestamp() - time.time())
+        seconds = min(seconds, self.patience)
+        self.patience -= seconds
+        while seconds > 0:
+            if seconds >= 5:
+                tqdm.write(f"{problem}: waiting {seconds:.0f} s", file=sys.stderr)
+            time.sleep(min(seconds, 60))
+            seconds -= 60
+
+    def fault(self, response, is_page):
+        """What is wrong with an answer but may pass, or "". Raises Stop, Trouble if it will not."""
+        status, body = response.status_code, bytearray()
         if status == 401:
-            raise UserError(f"Genius does not accept this token (HTTP 401); {TOKEN_HELP}")
-        if status == 403:
-            why = "Genius refuses this address (HTTP 403), as it does Colab's and many others'"
-            raise RunError(f"{why}: run the same command on your own computer and upload the corpus, or try later")
+            raise Stop(f"Genius does not accept this token (HTTP 401); {TOKEN_HELP}")
         if status == 404 and not is_page:
-            raise UserError("Genius has no artist with this id; search with --artist NAME")
-        if status != 200 and status not in (408, 429) and status < 500:
-            raise requests.RequestException(f"Genius answered HTTP {status}")
-        if status != 200:
+            raise Stop("Genius has no artist with this id (HTTP 404); search with --artist NAME")
+        if status in (408, 429) or status >= 500:  # this may pass
             return f"HTTP {status}"
-        if not is_page:
-            with suppress(ValueError, TypeError, KeyError):
-                return "" if isinstance(json.loads(text)["response"], dict) else "odd JSON"
-            return "broken JSON"
-        # lyricsgenius joins containers without a line break (see RULES), and its parser rejects "<!["
-        text = re.sub(r'<div[^>]*data-lyrics-container="true"[^>]*>', "\\g<0>\x1e", text).replace("\x1e", "", 1)
-        response._content, response.encoding = text.replace("<![", "&lt;![").encode(), "utf-8"
-        return "" if "</html>" in text and re.search("data-lyrics-container|__PRELOADED_STATE__", text) else "no page"
+        if status != 200:
+            raise Trouble(f"HTTP {status}" if status != 403 else REFUSED + SEARCH_HELP * (not is_page))
+        for chunk in response.iter_content(8192):
+            body += chunk
+            if len(body) > LARGEST:
+                raise Trouble("an answer is too large")
+        response._content, response.encoding = bytes(body), "utf-8"  # whatever the header says
+        if is_page:
+            return "" if "</html>" in response.text else "half a page"
+        answer = json.loads(body)
+        response.json = lambda: answer  # read once: what is nested too deep has raised an error by now
+        sound = isinstance(answer, dict) and isinstance(answer.get("response"), dict)
+        return "" if sound else "odd JSON"
 
 
-# ---------- Cache ----------
 @contextmanager
-def replacing(path: Path):
-    """Open a file that takes the place of `path` once the block ends well; a kill leaves the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
+def database(args, genius):
+    """The artist's database, for this process alone; made if there is none. Raises Stop or Trouble."""
+    path, kind = args.database, Stop
+    if args.offline and not path.exists():
+        raise Stop(f"there is no {path} yet; run without --offline first")
+    artist = None if path.exists() else find_artist(genius, args)  # a wrong name leaves no file
     try:
-        with open(temporary, "wb") as file:
-            yield file
+        lock, db = sqlite3.connect(f"{path}.lock", timeout=1), sqlite3.connect(path)
+        with closing(lock), closing(db):
+            lock.execute("BEGIN EXCLUSIVE")  # until this process ends, however it ends
+            db.row_factory = sqlite3.Row
+            if genius and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                artist = artist or find_artist(genius, args)
+                db.executescript(f"PRAGMA journal_mode = WAL; BEGIN; {SCHEMA}")
+                db.execute("INSERT INTO artist (id, name) VALUES (:id, :name)", artist)  # not yet stored:
+                # it is with the first page of the list, so that a wrong id is forgotten
+            found = db.execute("SELECT id, next_page, odd_entries FROM artist").fetchone()
+            if not found or db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError("damaged")
+            if args.artist_id not in (None, found[0]):
+                raise Stop(f"{path} is of artist {found[0]}; give another --artist name")
+            kind = Trouble
+            yield db
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        why = "another collector uses it; wait until it ends" if "locked" in str(error) else error
+        raise kind(f"{path}: {why}; it is left as it is: move it away or repair it") from None
+
+
+def write(db, path, text):
+    """Put a text in the place of a file, at once. A file that we did not write is moved aside."""
+    data, temporary = text.encode("utf-8", "replace"), Path(f"{path}.{time.time_ns()}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # a kill leaves the old file or the new one
+        with db:
+            new = hashlib.sha256(data).hexdigest()
+            db.execute("INSERT OR IGNORE INTO written VALUES (?)", [new])
+        old = hashlib.sha256(path.read_bytes() if path.exists() else data).hexdigest()
+        if not db.execute("SELECT 1 FROM written WHERE sha256 = ?", [old]).fetchone():
+            aside = path.rename(f"{path}.previous-{time.strftime('%Y%m%d-%H%M%S')}")
+            print(f"{path} was not made from this database, or was edited: moved to {aside}")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value) -> None:
-    """Write a JSON file atomically."""
-    with replacing(path) as file:
-        file.write((json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "replace"))
-
-
-def read_json(path: Path):
-    """The value in a JSON file; None if there is none or it is damaged: it is then fetched again."""
+def connect(args):
+    """The Genius client, with the token from the first place that has one, alone or as NAME=token."""
+    line = rf"(?m)^\s*(?:export\s+)?{TOKEN_NAME}\s*=(.*)"
+    text = os.environ.get(TOKEN_NAME, "").strip()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
+        if args.token_file:
+            text = Path(args.token_file).read_text("utf-8-sig", "replace")
+        elif not text and Path(".env").is_file():
+            text = "".join(re.findall(line, Path(".env").read_text("utf-8-sig", "replace"))[:1])
+    except (OSError, ValueError):  # the value is not repeated: it may be the token itself
+        raise Stop("--token_file can't be read; it takes a file's name, not the token") from None
+    if not text and "google.colab" in sys.modules:  # inside a Colab cell
+        from google.colab import userdata
+        with suppress(userdata.SecretNotFoundError, userdata.NotebookAccessError):
+            text = userdata.get(TOKEN_NAME) or ""
+    token = "".join(re.findall(line, text)[:1] or text).strip().strip("\"'")
+    if not re.fullmatch("[!-~]+", token):
+        raise Stop(f"there is no Genius access token, or it holds odd characters; {TOKEN_HELP}")
+    genius = lyricsgenius.Genius(token, timeout=TIMEOUT, sleep_time=0)
+    headers, genius._session = genius._session.headers, PoliteSession()  # in place of its own
+    genius._session.headers, genius._session.delay = headers, args.delay
+    return genius
 
 
-# ---------- Artist ----------
-def normalized(text: str) -> str:
-    """A name or a line without case, diacritics, punctuation and invisible marks: "O.S.T.R." -> "ostr"."""
-    text = text.casefold().translate(str.maketrans("łøđı", "lodi"))  # these have no decomposition
-    kept = (c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c)[0] not in "MPC")
-    return " ".join("".join(kept).split()) or text.strip()
+def parse_args(argv):
+    """Read and check the options. Raises Stop, which repeats no value: it may be a token."""
+
+    def refuse(message):
+        """Name the option, if there is one."""
+        name = re.findall("--[a-z_]+", message)[:1] or ["a word"]
+        hint = f"a token would stay in the shell's history: {TOKEN_HELP}"
+        raise Stop(f"{name[0]} does not fit, see --help; {hint}")
+
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition("\n")[0])
+    parser.error, add = refuse, parser.add_argument
+    add("--artist", help=f"name; case and diacritics do not matter (default: {ARTIST_NAME})")
+    add("--artist_id", type=int, help="Genius id of the artist; --artist then only names the files")
+    add("--output", type=Path, help=f"corpus file (default: {FOLDER}/<artist>.txt)")
+    add("--token_file", help="file that holds the Genius access token")
+    add("--include_features", action="store_true", help="also songs that only feature the artist")
+    add("--versions", default="all", choices=("all", "first"), help="of remixes, live versions...")
+    add("--max_songs", type=int, help="at most that many songs, the first by title")
+    add("--keep_headers", action="store_true", help="keep section headers such as [Refren]")
+    add("--offline", action="store_true", help="build the corpus from the database alone")
+    add("--delay", type=float, default=0.5, help="seconds between two requests (default: 0.5)")
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        is_token = re.fullmatch(r"(?=.*\d)(?=.*[a-z])(?=.*[A-Z])[\w-]{30,}", str(value))
+        is_odd = type(value) is int and not 0 < value < 2**53
+        if is_token or is_odd or name == "delay" and not 0 <= value <= 3600:
+            refuse(f"--{name}")
+    if args.artist is None and not args.artist_id:
+        args.artist = ARTIST_NAME
+    name = f"artist-{args.artist_id}" if args.artist is None else normalized(args.artist)
+    if not 0 < len(name) <= 100 or not name.isprintable():
+        refuse("--artist")
+    name = re.sub(r"[^\w -]", lambda match: f"%{ord(match[0])}", name).replace(" ", "_")  # unmistakable
+    args.database, args.output = FOLDER / f"{name}.sqlite", args.output or FOLDER / f"{name}.txt"
+    with suppress(OSError, ValueError):  # a name that no file can have
+        args.report = args.output.with_suffix(".report.json")
+        for path in (args.database, args.output, args.report):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            usable = path.is_file() or not path.exists() and str(path).isprintable()  # no device, no folder
+            if not (usable and os.access(path.parent, os.W_OK)) or args.output.suffix in (".sqlite", ".lock"):
+                raise ValueError
+        return args
+    raise Stop(f"no file can be made at {args.output} or {args.database}; give another --output")
 
 
-def find_artist(genius: lyricsgenius.Genius, name: str) -> dict:
-    """Search for the one artist whose normalized name is ours. Raises UserError with the candidates."""
-    found = {}  # id -> name, in Genius' order
-    for page in range(1, 11):
-        sections = genius.search_all(name, per_page=5, page=page).get("sections", [])
-        hits = [hit["result"] for section in sections for hit in section["hits"] if hit["index"] == "artist"]
-        known, found = len(found), found | {hit["id"]: hit["name"] for hit in hits}
-        matches = [i for i in found if normalized(found[i]) == normalized(name)]
-        if matches or len(found) == known:
-            break
-    if len(matches) == 1:
-        return {"id": matches[0], "name": found[matches[0]]}
-    if not found:
-        raise UserError(f'Genius knows no artist "{name}"; check the spelling')
-    offered = "".join(f"\n  {i} {found[i]}" for i in matches or found)
-    choose = f"choose one: python data_collection.py --artist_id {next(iter(matches or found))}"
-    raise UserError(f'{len(matches) or "no"} artists are named "{name}"; Genius offers:{offered}\n{choose}')
-
-
-def get_artist(genius: lyricsgenius.Genius | None, config: Config) -> dict:
-    """Id and name of the artist, from the cache if it is there, else from Genius."""
-    known = [artist for artist in map(read_json, CACHE.glob("*/artist.json")) if artist]
-    named = [artist for artist in known if normalized(artist["name"]) == normalized(config.artist)]
-    known = [artist for artist in known if artist["id"] == config.artist_id] if config.artist_id else named
-    if len(known) == 1:
-        return known[0]
-    if genius is None:
-        raise UserError(f"{CACHE} holds {len(known) or 'no'} such artists; run without --offline or give --artist_id")
-    if not config.artist_id:
-        return find_artist(genius, config.artist)
-    return {key: genius.artist(config.artist_id)["artist"][key] for key in ("id", "name")}
-
-
-# ---------- Songs ----------
-TITLE_RULES = {  # why a song is left out, by its title; "Credits" and "Interview" may be songs, so only in brackets
-    "translations": r"[(\[][^)\]]*(translat|tłumacz|traduc|traduç|traduz|übersetz|перевод|çeviri|översätt|romaniz)",
-    "annotation pages": r"\b(track ?lista?|album art(work)?|liner notes)\b|[(\[][^)\]]*(credits|interview|wywiad)",
-    "instrumentals": r"[(\[][^)\]]*\binstrumental",
-}
-_TAG = r"\b(remix|rmx|live|na żywo|acoustic|akustyczn\w*|unplugged|demo|edit|extended|remaster\w*|mix|version|wersja)\b"
-VERSION = re.compile(rf"\s*[(\[][^)\]]*{_TAG}[^)\]]*[)\]]|\s+-\s+[^-]*{_TAG}.*$|\s+(remix|rmx)$", re.I)
-
-
-def list_songs(genius: lyricsgenius.Genius, folder: Path, artist_id: int) -> None:
-    """Fetch the discography into folder/list, a file a page as Genius sent it; an unfinished run's list is kept."""
-    whole, partial = folder / "list", folder / "list.partial"
-    if whole.exists() and not partial.exists() and not (whole / "finished").exists():
-        return
-    page = 1
-    while page:
-        path = partial / f"{page:05}.json"
-        answer = read_json(path) or genius.artist_songs(artist_id, per_page=50, page=page, sort="title")
-        write_json(path, answer)
-        page = answer["next_page"]
-    shutil.rmtree(whole, ignore_errors=True)
-    os.replace(partial, whole)
-
-
-def read_list(folder: Path):
-    """Yield the songs of the list, one page in memory at a time."""
-    pages = folder / "list" if (folder / "list").exists() else folder / "list.partial"  # killed between the two
-    for path in sorted(pages.glob("*.json")):
-        yield from json.loads(path.read_text(encoding="utf-8"))["songs"]
-
-
-def exclusion(song: dict, artist: dict, include_features: bool) -> str:
-    """Why a song of the list is left out, "" if it is not."""
-    for reason, pattern in TITLE_RULES.items():
-        if re.search(pattern, song["title"], re.I):
-            return reason
-    if song.get("instrumental") or song["lyrics_state"] != "complete":
-        return "instrumentals" if song.get("instrumental") else "lyrics not complete"
-    primary = song.get("primary_artists") or [song["primary_artist"]]
-    ours = any(p["id"] == artist["id"] if "id" in p else p["name"] == artist["name"] for p in primary)
-    return "" if ours or include_features else "features"
-
-
-def select(folder: Path, artist: dict, config: Config) -> tuple[set[int], Counter]:
-    """The ids of the songs to collect, and what is left out, counted by reason."""
-    chosen, excluded, titles = set(), Counter(), set()
-    for song in read_list(folder):
-        title = normalized(VERSION.sub("", song["title"]))
-        reason = "listed twice" if song["id"] in chosen else exclusion(song, artist, config.include_features)
-        if not reason and config.versions == "first" and title in titles and VERSION.search(song["title"]):
-            reason = "other versions"  # only if marked as such: two songs may both be called "Intro"
-        if not reason and len(chosen) == config.max_songs:
-            reason = "beyond --max_songs"
-        if reason:
-            excluded[reason] += 1
-        else:
-            chosen.add(song["id"])
-            titles.add(title)
-    return chosen, excluded
-
-
-def fetch_songs(genius: lyricsgenius.Genius, folder: Path, chosen: set[int]) -> list[dict]:
-    """Fetch each chosen song that the cache lacks into folder/<id>.json; returns those that could not be had."""
-    failed, left = [], set(chosen)
-    often = 0.1 if sys.stderr.isatty() or IN_NOTEBOOK else 30  # seconds between two pictures of the bar
-    with tqdm(total=len(chosen), unit="song", mininterval=often, dynamic_ncols=True) as bar:
-        for song in (song for song in read_list(folder) if song["id"] in left):
-            left.remove(song["id"])
-            path = folder / f"{song['id']}.json"
-            bar.set_postfix_str(repr(song["title"])[:40], refresh=False)  # repr: a title may hold control characters
-            if read_json(path) is None:
-                try:
-                    write_json(path, {"song": song, "lyrics": genius.lyrics(song_url=song["url"])})
-                except requests.RequestException as error:
-                    failed.append({"id": song["id"], "title": song["title"], "problem": str(error)})
-            bar.update()
-    return failed
-
-
-# ---------- Cleaning ----------
-_SECTION = r"(?i:zwrotk|refren|ref\b|intro|outro|verse|chorus|hook|pre-|bridge|interlud|skit|część|part\b|cuty|tekst)"
-RULES = {  # name -> (pattern, replacement), in this order
-    "joined parts": (r"\n?\x1e", "\n"),  # the mark that PoliteSession puts between two parts of a page
-    "line ends": (r"\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]", "\n"),  # Windows', old Mac's, Unicode's
-    "invisible marks": (  # control characters, soft hyphens, zero-width and bidi marks, lone surrogates
-        r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
-        r"\ud800-\udfff]", ""),  # fmt: skip
-    "typographic spaces": (r"[^\S\n ]", " "),  # tabs, no-break, thin, em… spaces
-    "separators": (rf"(?m)^ *{re.escape(SEPARATOR)} *$", ""),  # a line that would end the song
-    # at the start: "12 ContributorsTranslationsEnglishTitle Lyrics", with a description that ends in "… Read More"
-    "contributor counts": (r"\A\s*\d+ Contributors?([^\n]{0,300}? Lyrics([^\n]{0,900}?(…|\.{3}) ?Read More)?)?", ""),
-    # "See Somebody LiveGet tickets as low as $45"
-    "adverts": (r"(?:See (?:(?!See )[^\n]){1,80}? Live)?Get tickets as low as \$\d+(?:[.,]\d+)*", "\n"),
-    # alone on its line or glued between two lines; "You might also like me" is somebody's line
-    "You might also like": (r"(?m)(?:^ *|(?<=\S))You might also like(?= *$|[A-ZĄĆĘŁŃÓŚŹŻ0-9\[(\"„“])", "\n"),
-    # at the end, with the glued number of embeds; a number after a space may be the song's own and stays
-    "Embed": (r"(?m)(?:^ *\d*|(?<=[^\s\d])\d+|(?<=\S))(?:(?<=\d)(?:\.\d+)?K)?Embed(Share URLCopyEmbedCopy)?\s*\Z", ""),
-    # [Anything] alone on a line; [Section …] anywhere, over line breaks too, or never closed. Leaves a stanza break.
-    "section headers": (
-        rf"(?m)^ *\[(?:[^\[\]\n]|\[[^\[\]\n]*\])*\] *:? *$|\[{_SECTION}(?:(?!\n\n)[^\[\]]){{0,100}}\] *:?"
-        rf"|^ *\[{_SECTION}[^\[\]\n]{{0,60}}$", "\n\n"),  # fmt: skip
-}
-LOOK_ALIKES = str.maketrans("АВЕІКМНОРСТУХаеіјкорсухΑΒΕΖΗΙΚΜΝΟΡΤΥΧανορυ", "ABEIKMHOPCTYXaeijkopcyxABEZHIKMNOPTYXavopu")
-
-
-def fix_look_alikes(text: str) -> tuple[str, int]:
-    """Cyrillic and Greek look-alikes to Latin in words whose other letters, at least half, are all Latin."""
-
-    def mend(match: re.Match) -> str:
-        word = match[0].translate(LOOK_ALIKES)
-        latin = all(unicodedata.combining(c) or unicodedata.name(c, "").startswith("LATIN") for c in word)
-        return word if latin and 2 * sum(map(str.__ne__, word, match[0])) <= len(word) else match[0]
-
-    mended = re.sub(r"(?:[^\W\d_]|[\u0300-\u036f])*[\u0370-\u052f](?:[^\W\d_]|[\u0300-\u036f])*", mend, text)
-    return mended, sum(map(str.__ne__, mended, text))
-
-
-def clean(text: str, keep_headers: bool = False) -> tuple[str, Counter]:
-    """Lyrics as a person wrote them, and how often each rule applied. Cleaning again changes nothing."""
-    fixed, before = Counter(), None
-    while text != before:  # one rule may uncover work for another
-        before = text
-        for name, (pattern, replacement) in RULES.items():
-            if not (keep_headers and name == "section headers"):
-                text, count = re.subn(pattern, replacement, text)
-                fixed[name] += count
-        composed = unicodedata.normalize("NFC", text)
-        fixed["composed letters (NFC)"] += max(len(text) - len(composed), composed != text)
-        text, count = fix_look_alikes(composed)
-        fixed["look-alikes"] += count
-        text = "\n".join(re.sub(" +", " ", line).strip(" ") for line in text.split("\n"))
-        text = re.sub(r"\n{3,}", "\n\n", text).strip("\n")
-    return text, +fixed
-
-
-# ---------- Corpus and report ----------
-def sketch(text: str) -> list[int]:
-    """Eight numbers, drawn from the text's lines, that two texts share to the extent that they share lines."""
-    lines = {line for line in map(normalized, text.split("\n")) if " " in line}
-    return sorted(int.from_bytes(hashlib.sha256(line.encode()).digest()[:8]) for line in lines)[:8]
-
-
-def move_aside(output: Path, artist_id: int, sha256: str) -> None:
-    """Rename an existing corpus, and its report, unless this artist's run made it or it holds the same bytes."""
-    report = output.with_suffix(".report.json")
-    found = hashlib.sha256(output.read_bytes()).hexdigest() if output.exists() else sha256
-    made = read_json(report) or {}
-    if found != sha256 and (made.get("sha256"), made.get("artist_id")) != (found, artist_id):
-        for path in filter(Path.exists, (report, output)):
-            aside = path.rename(f"{path}.previous-{time.strftime('%Y%m%d-%H%M%S')}")
-            print(f"{path} was not made for this artist, or was edited: moved to {aside}")
-
-
-def build(output: Path, artist: dict, folder: Path, chosen: set[int], excluded: Counter, keep_headers: bool) -> dict:
-    """Write the corpus from the cache, sorted by song id, one song in memory at a time; returns the report."""
-    report = {"artist": artist["name"], "artist_id": artist["id"], "output": str(output), "songs": 0, "characters": 0}
-    report |= {"excluded": excluded, "fixed": Counter(), "repeats": {}, "near_repeats": {}}
-    digest, texts, lines = hashlib.sha256(), {}, {}  # hash of a text, of a line -> first song that has it
-    with replacing(output) as file:
-        for song_id in sorted(chosen):
-            song = read_json(folder / f"{song_id}.json") or {}
-            text, fixed = clean(song.get("lyrics") or "", keep_headers)
-            plain = normalized(text)
-            first = texts.setdefault(hashlib.sha256(plain.encode()).digest(), song_id)
-            if plain in ("", "instrumental", "this song is an instrumental"):
-                excluded["instrumentals" if plain else "no lyrics" if song else "not fetched"] += 1
-                continue
-            if first != song_id:
-                excluded["repeated songs"] += 1
-                report["repeats"][song_id] = first
-                continue
-            numbers = sketch(text)
-            shared = Counter(lines.setdefault(number, song_id) for number in numbers)
-            for other in [i for i, count in shared.items() if i != song_id and 2 * count >= len(numbers) > 3]:
-                report["near_repeats"][song_id] = other
-            text = f"{SEPARATOR}\n" * (report["songs"] > 0) + text + "\n"
-            file.write(text.encode())
-            digest.update(text.encode())
-            report["songs"] += 1
-            report["characters"] += len(text)
-            report["fixed"] += fixed
-        if not report["songs"]:
-            raise RunError(f"there is no song to write; left out: {dict(excluded)}")
-        file.flush()
-        move_aside(output, artist["id"], digest.hexdigest())
-    return report | {"sha256": digest.hexdigest()}
-
-
-# ---------- Main ----------
-def collect(config: Config) -> dict:
-    """Fetch what the cache lacks (unless offline), write corpus and report, print a summary; returns the report."""
-    genius = None
-    if not config.offline:
-        genius = lyricsgenius.Genius(find_token(config), timeout=TIMEOUT, sleep_time=0)
-        genius._session = PoliteSession(genius, config.delay)
-    artist = get_artist(genius, config)
-    folder = CACHE / str(artist["id"])
-    slug = re.sub(r"\W+", "_", normalized(artist["name"])).strip("_") or f"artist_{artist['id']}"
-    output = Path(config.output or FOLDER / f"{slug}.txt")
-    if genius:
-        write_json(folder / "artist.json", artist)
-        list_songs(genius, folder, artist["id"])
-    chosen, excluded = select(folder, artist, config)
-    failed = fetch_songs(genius, folder, chosen) if genius else []
-    report = build(output, artist, folder, chosen, excluded, config.keep_headers) | {"failed": failed}
-    write_json(output.with_suffix(".report.json"), report)
-    if genius:
-        (folder / "list" / "finished").touch()
-    print(f"{artist['name']}: {report['songs']:,} songs, {report['characters']:,} characters -> {output}")
-    for kind, counts in (("left out", excluded), ("fixed", report["fixed"])):
-        for name, count in counts.most_common():
-            print(f"  {kind:8} {count:8,}  {name}")
-    for song_id, other in report["near_repeats"].items():
-        print(f"  kept, but song {song_id} has most lines of song {other}")
-    for song in failed:
-        print(f"  lost: {song['id']} {song['title']!r}: {song['problem']}")
-    print(f"next: python gpt.py --input {shlex.quote(str(output))}")
-    return report
-
-
-def main(argv: list[str] | None = None) -> dict:
-    """Run the collector; returns the report. Ends with SystemExit: 2 bad input, 1 trouble, 130 Ctrl-C."""
+def main(argv=None):
+    """Run the collector; returns the report, or ends with a status: 2 bad input, 1 trouble, 130 Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a title must not break a terminal that is not UTF-8
             stream.reconfigure(errors="replace")
-    report = {}
+    if argv is None:  # a notebook's kernel was started with arguments of its own
+        argv = [] if "kernel" in Path(sys.argv[0]).name else sys.argv[1:]
+    again = f"python data_collection.py {shlex.join(map(str, argv))}"
+    kept = f"what was fetched is kept; continue with: {again}"
+    report, status = {}, 1  # of trouble
     try:
         report = collect(parse_args(argv))
-        if not report["failed"]:
+        if not report["failed"] and not report["stopped"]:
             return report
-        status, message = 1, f"error: {len(report['failed'])} songs are lost (see above); run the same command again"
-    except (UserError, argparse.ArgumentError) as error:
-        status, message = 2, f"error: {error}"
-    except (RunError, requests.RequestException) as error:
-        status, message = 1, f"error: {error}; what was fetched is kept, the same command goes on"
-    except OSError as error:
-        status, message = 1, f"error: {error.filename or 'output'}: {error.strerror}; what was fetched is kept"
+        lost = f"{len(report['failed'])} songs are lost, see above"
+        message = f"error: {report['stopped'] or lost}; {kept}"
+    except Stop as stop:
+        status, message = 2, f"error: {stop}"
+    except (Trouble, OSError) as trouble:
+        message = f"error: {trouble}; {kept}"
     except KeyboardInterrupt:
-        status, message = 130, "\nstopped; what was fetched is kept: the same command goes on from there"
+        status, message = 130, f"\nstopped; {kept}"
     print(message, file=sys.stderr)
-    if IN_NOTEBOOK and status != 2:
+    if IN_NOTEBOOK and status != 2:  # the next cells may go on
         return report
     raise SystemExit(status)
 

@@ -1,6 +1,6 @@
 """Stage 1: a GPT built by hand learns to write lyrics, one character at a time.
 
-    python gpt.py            # two cores: 2 to 5 minutes, 2.3 to 2.6 bits/character
+    python gpt.py            # two cores: 2 to 5 minutes, 2.3 to 2.6 bits/char
     python gpt.py --input assets/input/input2.txt --max_iters 5000
     python gpt.py --resume   # continue after Ctrl-C, a crash or a disconnect
     python gpt.py --sample_only --prompt "Noc nad miastem" --num_samples 3
@@ -50,7 +50,7 @@ SIZES = {
     # 0.8 million parameters: minutes on two cores
     "tiny": dict(n_layer=4, n_head=2, n_embd=128, block_size=512, grow=2, batch_size=4, dropout=0.1,
                  max_iters=2400, eval_interval=100, sample_interval=600),
-    # 10.7 million, the original's shape: for a GPU
+    # the original's shape: for a GPU
     "base": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, grow=0, batch_size=64, dropout=0.2,
                  max_iters=5000, eval_interval=100, sample_interval=500),
 }
@@ -137,7 +137,7 @@ class CharTokenizer:
         self.chars = chars + END
         self.end, self.vocab_size = len(chars), len(self.chars)
         small = torch.uint8 if self.vocab_size <= 256 else torch.int32
-        codes = torch.tensor([ord(char) for char in self.chars])
+        codes = torch.frombuffer(bytearray(self.chars, "utf-32-le"), dtype=torch.int32)
         self.number_of = torch.zeros(codes.max() + 1, dtype=small)  # from character codes to numbers
         self.number_of[codes] = torch.arange(self.vocab_size).to(small)
 
@@ -163,14 +163,6 @@ class CharTokenizer:
     def describe(self, text: str, ids: torch.Tensor) -> dict:
         """What the vocabulary makes of the training text. Density: how often an entry is seen."""
         return dict(vocab_size=self.vocab_size, chars_per_token=1, tokens_per_vocab_entry=len(ids) / self.vocab_size)
-
-
-def make_tokenizer(asked: dict, text: str, checkpoint: dict | None) -> CharTokenizer:
-    """The checkpoint's tokenizer, or one whose vocabulary is the characters of the text."""
-    if checkpoint:
-        return CharTokenizer(**checkpoint["tokenizer"])
-    start = next((char for char in END + "\n" if char in text), text[:1])
-    return CharTokenizer("".join(sorted(set(text) - {END})), start)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -199,7 +191,7 @@ def row_length(config: Config, step: int) -> int:
     return max(1, config.block_size // 2**doublings_left)
 
 
-@functools.lru_cache(2)  # once an epoch, not once a row
+@functools.lru_cache(2)  # once an epoch, not once a step
 def shuffled_windows(length: int, size: int, seed: int) -> torch.Tensor:
     """Where an epoch's windows begin, shape (length // size,): the text is a ring, cut at random, then every `size`."""
     generator = torch.Generator().manual_seed(seed)
@@ -221,12 +213,15 @@ def draw_batch(ids, config: Config, step: int, rank: int, world: int) -> torch.T
         starts = torch.randint(len(ids) - size, (count,), generator=generator)[rank::world]
     else:
         per_epoch = max(1, len(ids) // size)  # rows
-        read = range(step * count + rank, (step + 1) * count, world)  # of all rows, first to last
-        starts = torch.stack([
-            shuffled_windows(len(ids), size, hash((config.seed, row // per_epoch)))[row % per_epoch]
-            for row in read])
+        numbers = torch.arange(step * count + rank, (step + 1) * count, world)  # of all rows ever
+        first, last = step * count // per_epoch, ((step + 1) * count - 1) // per_epoch
+        epochs = [shuffled_windows(len(ids), size, hash((config.seed, epoch)))
+                  for epoch in range(first, last + 1)]  # a step may end one and begin another
+        starts = torch.cat(epochs)[numbers - first * per_epoch]
     places = starts[:, None] + torch.arange(size + 1)  # (rows, T + 1)
-    return ids[places % len(ids)].long().view(config.grad_accum, rows, size + 1)
+    # By numpy: torch before 2.10 takes no entries out of 16-bit numbers, as stage 2 has them.
+    read = torch.from_numpy(ids.numpy()[(places % len(ids)).numpy()])
+    return read.long().view(config.grad_accum, rows, size + 1)
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -648,7 +643,7 @@ def average(number: float) -> float:
 
 
 def join_processes(facts: dict):
-    """Meet the other processes of this run. Stop if they differ in the text or in what they make of it."""
+    """Meet the other processes of this run. Stop if they differ in the text or in an option."""
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in facts["device"] else "gloo")
         everybodys = [None] * WORLD
@@ -667,7 +662,8 @@ def check_values(options: dict):
     """Stop if an option is not known, or its value is of another type or out of its range."""
     for name, value in options.items():
         f = Config.__dataclass_fields__.get(name)
-        if not f or type(value) is not f.type:
+        no_text = re.search("[\0\ud800-\udc7f\udd00-\udfff]", str(value))  # and no name of a file
+        if not f or type(value) is not f.type or no_text:
             raise Stop(f"--{name} {value!r} is not an option of this version")
         low, high, choices = (f.metadata[limit] for limit in ("low", "high", "choices"))
         if choices and value not in choices or f.type in (int, float) and not low <= value <= high:
@@ -739,6 +735,14 @@ def make_config(given: dict, device: torch.device, tokens: int = 0) -> Config:
     return config
 
 
+def make_tokenizer(asked: dict, text: str, checkpoint: dict | None) -> CharTokenizer:
+    """The checkpoint's tokenizer, or one whose vocabulary is the characters of the text."""
+    if checkpoint:
+        return CharTokenizer(**checkpoint["tokenizer"])
+    start = next((char for char in END + "\n" if char in text), text[:1])
+    return CharTokenizer("".join(sorted(set(text) - {END})), start)
+
+
 def read_corpus(path: str) -> str:
     """The text of a UTF-8 file, its songs separated by END. A BOM and Windows line ends are tolerated."""
     try:
@@ -784,7 +788,13 @@ def form(value):
         return {name: form(part) for name, part in value.items()}
     if isinstance(value, list):
         return [form(part) for part in value]
-    return (value.dtype, value.shape) if isinstance(value, torch.Tensor) else type(value)
+    return (value.dtype, value.shape, value.stride()) if isinstance(value, torch.Tensor) else type(value)
+
+
+def is_finite(saved: dict) -> bool:
+    """Are the losses and the weights numbers?"""
+    losses = torch.tensor([record["val_loss"] for record in saved["history"]])
+    return all(numbers.isfinite().all() for numbers in (losses, *saved["model"].values()))
 
 
 def check_checkpoint(saved: dict):
@@ -805,7 +815,8 @@ def check_checkpoint(saved: dict):
     record = dict(iter=0, train_loss=0.0, val_loss=0.0, val_bpc=0.0, learning_rate=0.0, seconds=0.0)
     ours = make_checkpoint(config, tokenizer, model, optimizers, scaler, [record] * len(history), 1)
     in_range = 0 <= history[-1]["iter"] <= config.max_iters and 0 < saved["context"] <= config.block_size
-    if form(saved) != form(ours | dict(corpus_sha256="")) or not in_range or not len(tokenizer.encode(tokenizer.start)):
+    in_range = in_range and len(tokenizer.encode(tokenizer.start)) and is_finite(saved)
+    if form(saved) != form(ours | dict(corpus_sha256="")) or not in_range:
         raise ValueError
 
 
@@ -814,8 +825,11 @@ def load_checkpoint(path: str) -> dict:
     try:
         with urllib.request.urlopen(path, timeout=30) if "://" in path else open(path, "rb") as source:
             file = io.BytesIO(source.read())  # read once, checked, then loaded
-        parts = zipfile.ZipFile(file)  # torch.load takes damaged numbers as they are
-        if sum(part.file_size for part in parts.infolist()) > len(file.getbuffer()) or parts.testzip():
+        archive = zipfile.ZipFile(file)
+        parts = archive.infolist()
+        packed = any(part.compress_type or part.external_attr for part in parts)  # none of ours
+        too_large = sum(part.file_size for part in parts) > len(file.getbuffer())
+        if packed or too_large or archive.testzip():  # torch.load takes damaged numbers as they are
             raise ValueError
         file.seek(0)
         saved = torch.load(file, map_location="cpu", weights_only=True)  # so that it cannot run code
@@ -864,19 +878,22 @@ def is_run(folder: Path) -> bool:
 
 def check_targets(config: Config):
     """Stop unless the run may write where it is told to. Leaves no trace."""
-    folder, text = Path(config.run_dir).resolve(), Path(config.input).resolve()
-    names = ["output", "save_path", "run_dir"]
-    for name in names[:1 if config.sample_only else 2 if config.resume else 3]:
+    names = ["run_dir", "save_path", "output"]
+    folder, best, text = (Path(name).resolve() for name in (config.run_dir, config.save_path, config.input))
+    for name in names[2 if config.sample_only else 1 if config.resume else 0:]:
         path = Path(getattr(config, name)).resolve()
-        parent = next(parent for parent in path.parents if parent.exists())
+        parent = next((parent for parent in path.parents if parent.exists()), path)
         if name == "run_dir":
-            samples = not path.is_file() and {part.name for part in path.rglob("*")} <= {"output", "sample.txt"}
             reason = "it is no folder of a run, or it holds the text or the current folder"
-            bad = not (is_run(path) or samples) or text.is_relative_to(path) or Path.cwd().is_relative_to(path)
+            ours = all(re.match(r"output$|sample\.txt", part.name) for part in path.rglob("*")) or is_run(path)
+            bad = path.exists() and not (path.is_dir() and ours)
+            bad = bad or text.is_relative_to(path) or Path.cwd().is_relative_to(path)
         else:
-            reason = "it is the text, a folder or a device, or it belongs to a run"
-            of_a_run = path != folder / "model_best.pt" and (path.parent == folder or is_run(path.parent))
-            bad = path == text or of_a_run or path.exists() and not path.is_file()
+            reason = "it is the text, the best checkpoint, a folder or a device, or it belongs to a run"
+            own = name == "save_path" and path == folder / "model_best.pt"
+            of_a_run = not own and (path.parent == folder or is_run(path.parent))
+            taken = path == text or name == "output" and path == best
+            bad = taken or of_a_run or path.exists() and not path.is_file()
         if bad or not parent.is_dir() or not os.access(parent, os.W_OK):
             raise Stop(f"cannot write --{name} {path} ({reason if bad else parent}): choose another")
 
@@ -897,7 +914,7 @@ def run_folder(config: Config, facts: dict):
         if not config.resume and folder.exists() and any(folder.iterdir()):
             keep_previous(folder)  # as a whole
         folder.mkdir(exist_ok=True)
-        for unfinished in folder.glob("*.tmp"):  # left by a kill
+        for unfinished in folder.rglob("*.tmp"):  # left by a kill
             unfinished.unlink()
         versions = dict(python=sys.version, torch=torch.__version__)
         write_json(folder / "config.json", dict(facts, options=asdict(config), versions=versions))
@@ -905,7 +922,8 @@ def run_folder(config: Config, facts: dict):
             best.parent.mkdir(parents=True, exist_ok=True)
             keep_previous(best)
             if config.resume:
-                best.write_bytes((folder / "model_best.pt").read_bytes())
+                with replacing(best) as file:
+                    file.write((folder / "model_best.pt").read_bytes())
         yield
     except FAILURES as e:
         if (folder / "model_last.pt").exists():
@@ -919,8 +937,7 @@ def run_folder(config: Config, facts: dict):
 def save(best: bool, checkpoint: dict, facts: dict):
     """Write a checkpoint as the last one and, if so, as the best; then the report. Stop if a number is NaN."""
     config, history = checkpoint["config"], checkpoint["history"]
-    numbers = [torch.tensor(history[-1]["val_loss"]), *checkpoint["model"].values()]
-    if not all(number.isfinite().all() for number in numbers):
+    if not is_finite(checkpoint):
         raise Stop(NAN, 1)
     paths = [config["save_path"], f"{config['run_dir']}/model_best.pt"] if best else []
     paths = dict.fromkeys([*paths, f"{config['run_dir']}/model_last.pt"])  # the one to continue from last
@@ -979,43 +996,48 @@ def write_samples(model, tokenizer, config: Config, context: int):
 # ------------------------------------------------------------------------------------------------- main
 FAILURES = (Stop, OSError, MemoryError, RuntimeError, KeyboardInterrupt)  # what may end a run
 MEMORY = "out of memory: lower --batch_size (and raise --grad_accum), --block_size or --n_embd"
-KNOWN = {"allocate": MEMORY, "out of memory": MEMORY, "connection": "another process of this run is gone",
-         "compiler": "--compile needs a C++ compiler: install g++, or leave --compile out"}
+KNOWN = {"alloc": MEMORY, "out of memory": MEMORY, "connection": "another process of this run is gone",
+         "compiler": "--compile needs a C++ compiler: install g++, or leave --compile out",
+         "inline_container": "a checkpoint cannot be written: is the disk full?"}
 
 
-def check_memory(config: Config, vocab_size: int):
-    """Stop if weights, gradients and the optimizer's numbers alone, 16 bytes a parameter, exceed the memory."""
+def make_facts(config: Config, tokenizer, train_text: str, train_ids, device: torch.device) -> dict:
+    """What can be said of a run before it starts. Stop if its parameters alone need more memory than there is."""
     with torch.device("meta"):  # shapes without memory
-        model = GPTLanguageModel(config, vocab_size)
-    needed = 16 * sum(p.numel() for p in model.parameters()) + 4 * config.block_size**2
-    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise Stop(MEMORY)
-
-
-def make_facts(config: Config, tokenizer, model, text: str, train_ids) -> dict:
-    """What can be said of a run before it starts."""
-    device = next(model.parameters()).device
+        model = GPTLanguageModel(config, tokenizer.vocab_size)
+    params = sum(p.numel() for p in model.parameters())
+    if hasattr(os, "sysconf") and 16 * params > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise Stop(MEMORY)  # a weight, its gradient and two numbers of the optimizer, four bytes each
     return dict(
-        tokenizer.describe(split_corpus(text)[0], train_ids), params=sum(p.numel() for p in model.parameters()),
+        tokenizer.describe(train_text, train_ids), params=params,
         tokens_per_step=config.grad_accum * config.batch_size * config.block_size * WORLD,
-        device=str(device), seed=config.seed, corpus_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        device=str(device), seed=config.seed,
         dtype=str(mixed_precision(config.dtype, device).fast_dtype).removeprefix("torch."))
+
+
+def load_source(given: dict) -> dict | None:
+    """The checkpoint to start from, if there is to be one."""
+    folder = given.get("run_dir", Config.run_dir)
+    if given.get("resume"):
+        if given.get("load_url") or given.get("sample_only"):
+            raise Stop("--resume continues a run: leave out --load_url and --sample_only")
+        return load_checkpoint(f"{folder}/model_last.pt")
+    source = given.get("load_url")
+    if given.get("sample_only"):
+        source = source or given.get("save_path") or f"{folder}/model_best.pt"
+    return load_checkpoint(source) if source else None
 
 
 def run(given: dict) -> dict:
     """Train, then sample; or only sample. All that can be wrong is found before anything is written. The metrics."""
-    folder = given.get("run_dir", Config.run_dir)
-    resume, sample_only, source = (given.get(name) for name in ("resume", "sample_only", "load_url"))
-    if resume and (source or sample_only):
-        raise Stop("--resume continues a run: leave out --load_url and --sample_only")
-    if resume:
-        source = f"{folder}/model_last.pt"
-    elif sample_only:
-        source = source or given.get("save_path") or f"{folder}/model_best.pt"
-    saved = load_checkpoint(source) if source else None
+    saved = load_source(given)
     given = inherit(given, saved)  # what a checkpoint says of options
     device = pick_device(given.get("device", "auto"))
-    text = "" if sample_only else read_corpus(given.get("input", Config.input))
+    text = "" if given.get("sample_only") else read_corpus(given.get("input", Config.input))
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    if given.get("resume") and sha256 != saved["corpus_sha256"]:
+        raise Stop(f"--input {given['input']} (SHA-256 {sha256[:8]}) is not the text that this run began with "
+                   f"({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
     tokenizer = make_tokenizer(given, text, saved)
     tokenizer.encode(given.get("prompt", ""))  # does it know all of it?
     train_text, val_text = split_corpus(text)
@@ -1023,38 +1045,40 @@ def run(given: dict) -> dict:
     val_ids = torch.cat((train_ids[-1:], tokenizer.encode(val_text)))
     config = make_config(given, device, len(train_ids))
     check_targets(config)  # before anything is written
-    if not sample_only and (len(train_ids) <= config.block_size or len(val_ids) < 2):
-        raise Stop(f"{config.input} is too short ({len(text):,} characters) for --block_size {config.block_size}: lower it, "
-                   "or bring more text")
-    check_memory(config, tokenizer.vocab_size)
+    if config.sample_only:
+        model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
+        model.load_state_dict(saved["model"])
+        write_samples(model, tokenizer, config, saved["context"])
+        return best_of(saved["history"])
+    if len(train_ids) <= config.block_size or len(val_ids) < 2:
+        raise Stop(f"{config.input} is too short ({len(text):,} characters) for --block_size {config.block_size}: "
+                   "lower it, or bring more text")
+    facts = make_facts(config, tokenizer, train_text, train_ids, device) | dict(corpus_sha256=sha256)
+    join_processes(asdict(config) | facts)
+    with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():
+        say(f"{config.size}, {config.recipe}, {facts['params']:,} parameters on {device} in {facts['dtype']}; "
+            f"{len(text):,} characters, {facts['vocab_size']:,} entries in the vocabulary, "
+            f"each seen {facts['tokens_per_vocab_entry']:,.1f} times")
+        return train_and_sample(config, tokenizer, train_ids, val_ids, facts, saved, device)
+
+
+def train_and_sample(config: Config, tokenizer, train_ids, val_ids, facts: dict, saved: dict | None, device) -> dict:
+    """A run, once its folder is open. Returns the metrics."""
+    tokens = config.max_iters * facts["tokens_per_step"]
+    say(f"{config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {tokens / len(train_ids):.1f} passes over the text")
+    if config.resume and config.max_iters > saved["config"]["max_iters"]:
+        say(f"note: the learning rate is planned anew for {config.max_iters} steps")
+    keep_memory()
     torch.manual_seed(config.seed)
     model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
     if saved:
         model.load_state_dict(saved["model"])
-    if sample_only:
-        write_samples(model, tokenizer, config, saved["context"])
-        return best_of(saved["history"])
-
-    facts = make_facts(config, tokenizer, model, text, train_ids)
-    if resume and facts["corpus_sha256"] != saved["corpus_sha256"]:
-        raise Stop(f"--input {config.input} (SHA-256 {facts['corpus_sha256'][:8]}) is not the text that this run began with "
-                   f"({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
-    join_processes(facts)
-    keep_memory()
-    with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():
-        passes = config.max_iters * facts["tokens_per_step"] / len(train_ids)
-        say(f"{config.size}, {config.recipe}, {facts['params']:,} parameters on {device} in {facts['dtype']}: {len(text):,} "
-            f"characters, {config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {passes:.1f} passes over the text")
-        say(f"{facts['vocab_size']:,} entries in the vocabulary, each seen {facts['tokens_per_vocab_entry']:,.1f} times; "
-            f"{facts['chars_per_token']:.2f} characters a token")
-        if resume and config.max_iters > saved["config"]["max_iters"]:
-            say(f"note: the learning rate is planned anew for {config.max_iters} steps")
-        history = train(config, model, tokenizer, train_ids, val_ids, facts, saved if resume else None)
-        if RANK == 0:
-            best = load_checkpoint(f"{folder}/model_best.pt")
-            model.load_state_dict(best["model"])
-            write_samples(model, tokenizer, config, best["context"])
-        return write_report(folder, history, facts)
+    history = train(config, model, tokenizer, train_ids, val_ids, facts, saved if config.resume else None)
+    if RANK == 0:
+        best = load_checkpoint(f"{config.run_dir}/model_best.pt")
+        model.load_state_dict(best["model"])
+        write_samples(model, tokenizer, config, best["context"])
+    return write_report(config.run_dir, history, facts)
 
 
 def main(argv=None) -> dict:

@@ -470,7 +470,7 @@ def average(number: float) -> float:
 
 
 def join_processes(facts: dict):
-    """Meet the other processes of this run. Stop if they differ in the text or in what they make of it."""
+    """Meet the other processes of this run. Stop if they differ in the text or in an option."""
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in facts["device"] else "gloo")
         everybodys = [None] * WORLD
@@ -493,7 +493,8 @@ def check_values(options: dict):
     """Stop if an option is not known, or its value is of another type or out of its range."""
     for name, value in options.items():
         f = Config.__dataclass_fields__.get(name)
-        if not f or type(value) is not f.type:
+        no_text = re.search("[\0\ud800-\udc7f\udd00-\udfff]", str(value))  # and no name of a file
+        if not f or type(value) is not f.type or no_text:
             raise Stop(f"--{name} {value!r} is not an option of this version")
         low, high, choices = (f.metadata[limit] for limit in ("low", "high", "choices"))
         if choices and value not in choices or f.type in (int, float) and not low <= value <= high:
@@ -825,7 +826,7 @@ def write_samples(base: Pretrained, config: Config, name: str) -> list[str]:
 FAILURES = (Stop, OSError, MemoryError, RuntimeError, SafetensorError, KeyboardInterrupt)
 MEMORY = "out of memory: lower --batch_size (raise --gradient_accumulation_steps) or --block_size"
 DISK = "cannot write: is the disk full?"
-KNOWN = {"allocate": MEMORY, "out of memory": MEMORY,
+KNOWN = {"alloc": MEMORY, "out of memory": MEMORY,
          "pytorchstreamwriter": DISK, "inline_container": DISK, "serializ": DISK,
          "connection": "another process of this run is gone"}
 

@@ -1,9 +1,9 @@
 """Stage 2: the same GPT on sub-words: what they buy, and what they cost.
 
-    python gpt_tiktoken.py    # OpenAI's gpt2 vocabulary; two cores: 2 to 4 minutes
+    python gpt_tiktoken.py  # the gpt2 vocabulary; two cores: 2 to 4 minutes
     python gpt_tiktoken.py --input assets/input/input2.txt --max_iters 5000
-    python gpt_tiktoken.py --tokenizer custom --vocab_size 2000   # of your text
-    python gpt_tiktoken.py --tokenizer polish           # that of a Polish GPT-2
+    python gpt_tiktoken.py --tokenizer custom --vocab_size 2000  # your text's
+    python gpt_tiktoken.py --tokenizer polish  # that of a Polish GPT-2
     python gpt_tiktoken.py --resume         # continue after Ctrl-C or a crash
     python gpt_tiktoken.py --sample_only --prompt "Noc nad miastem"
     torchrun --nproc_per_node=2 gpt_tiktoken.py --size base      # several GPUs
@@ -55,8 +55,10 @@ POLISH = "flax-community/papuGaPT2"
 
 # Options that are not given come from the size and the recipe.
 SIZES = {
+    # 13.7 million parameters with the gpt2 vocabulary: minutes on two cores
     "tiny": dict(n_layer=4, n_head=2, n_embd=128, block_size=256, grow=2, batch_size=4, dropout=0.2,
                  max_iters=300, eval_interval=50, sample_interval=100),
+    # the original's shape: for a GPU
     "base": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, grow=0, batch_size=64, dropout=0.2,
                  max_iters=5000, eval_interval=100, sample_interval=500),
 }
@@ -92,13 +94,15 @@ class Config:
     resume: bool = option(False, "continue from RUN_DIR/model_last.pt")
     load_url: str = option("", "start from the checkpoint at this http(s) or file address")
     sample_only: bool = option(False, "do not train: load the best checkpoint and write samples")
-    # the model
-    tokenizer: str = option("auto", "auto: the file at --tokenizer_path, else tiktoken's, else a custom one",
+    # the tokenizer
+    tokenizer: str = option("auto", "auto: --tokenizer_path, else tiktoken's, else a custom one",
                             choices=("auto", "tiktoken", "custom", "polish"))
-    tokenizer_path: str = option("", "tokenizer.json, or folder with vocab.json, merges.txt; custom: made if missing")
-    encoding: str = option("gpt2", "tiktoken's encoding", choices=("gpt2", "cl100k_base", "o200k_base"))
+    tokenizer_path: str = option("", "a tokenizer.json, or a folder with vocab.json and merges.txt; "
+                                     "custom: made if missing")
+    encoding: str = option("gpt2", "tiktoken's", choices=("gpt2", "cl100k_base", "o200k_base"))
     vocab_size: int = option(2000, "entries of a custom tokenizer", 257, 2**20)
-    prune_vocab: bool = option(False, "keep the entries that the training text uses; spell all else with bytes")
+    prune_vocab: bool = option(False, "keep the entries that the text uses; spell all else with bytes")
+    # the model
     size: str = option("auto", "auto: base on a GPU, else tiny", choices=("auto", *SIZES))
     recipe: str = option("modern", "modern, or the original's classic", choices=tuple(RECIPES))
     n_layer: int = option(None, "transformer blocks", 1, 1000)
@@ -140,20 +144,20 @@ END = "\0"  # that token inside this program; no text file holds this character
 
 
 def learn_merges(words: Counter, count: int) -> list[tuple[str, str]]:
-    """How a BPE is learned (Sennrich et al., arXiv:1508.07909), by hand: join the most frequent pair, again and again.
+    """How a BPE is learned (Sennrich et al., arXiv:1508.07909): join the most frequent pair, again and again.
 
-    words: how often each word stands in the text. The result: the first `count` pairs that are joined.
-    Example: learn_merges(Counter(["tak", "tam", "tu"]), 1) is [("t", "a")]. The library does the same,
-    thousands of times as fast.
+    words: how often each word stands in the text. Returns the first `count` pairs that are joined. The
+    library does the same, far more quickly. Example: learn_merges(Counter(["tak", "tam", "tu"]), 1) is
+    [("t", "a")].
     """
     split = {word: list(word) for word in words}  # at first into single symbols
     merges = []
     for _ in range(count):
-        pairs = Counter()
+        pairs = Counter()  # how often two pieces stand side by side
         for word, pieces in split.items():
             for pair in itertools.pairwise(pieces):
                 pairs[pair] += words[word]
-        if not pairs:
+        if not pairs:  # each word is one piece
             break
         best = max(pairs, key=pairs.get)
         merges.append(best)
@@ -162,7 +166,7 @@ def learn_merges(words: Counter, count: int) -> list[tuple[str, str]]:
 
 
 def join(pieces: list[str], pair: tuple[str, str]) -> list[str]:
-    """Make one piece of each pair that stands side by side. join(["t", "a", "k"], ("t", "a")) is ["ta", "k"]."""
+    """Make each such pair one piece. Example: join(["t", "a", "k"], ("t", "a")) is ["ta", "k"]."""
     joined = []
     for piece in pieces:
         if joined and (joined[-1], piece) == pair:
@@ -173,33 +177,26 @@ def join(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def cut_word(word: str, merges: list[tuple[str, str]]) -> list[str]:
-    """How a word is cut into pieces: all merges, in the order in which they were learned."""
+    """How a word is cut: joined again from its symbols, by all merges in the order they were learned."""
     pieces = list(word)
     for pair in merges:
         pieces = join(pieces, pair)
     return pieces
 
 
-def byte_symbols() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary (Radford et al., 2019, GPT-2's encoder.py)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
 class BPETokenizer:
-    """Text to numbers and back with a byte-level BPE. Example: encode("sto lat") may be tensor([812, 466]).
+    """Text to numbers and back with a byte-level BPE. encode("sto lat") may be tensor([812, 466]).
 
-    A token stands for a few bytes, often a word or a part of one. There is a token for each single byte, so
-    any text can be written, and comes back character for character. source: a tokenizer.json. keep: with
-    --prune_vocab, the entries that stay; all others are spelt with their bytes.
+    A token stands for a few bytes, often a word or a part of one. There is one for each single byte, so any
+    text can be written, and comes back character for character. source: a tokenizer.json. keep: with
+    --prune_vocab the entries that stay; all others are spelt with their bytes.
     """
 
     def __init__(self, source: str, keep: list[int] | None = None, start: str = END):
         self.state = dict(source=source, keep=keep, start=start)  # what a checkpoint keeps
         self.start = start  # what a text without a prompt starts from
         self.core = library(Tokenizer.from_str, source)
-        self.core.encode_special_tokens = True  # the words <|endoftext|> inside a line mean nothing special
+        self.core.encode_special_tokens = True  # <|endoftext|> inside a line means nothing special
         self.core.model.dropout = None  # some files ask for random cuts,
         self.core.no_truncation()  # for short texts,
         self.core.no_padding()  # or for texts of one length
@@ -207,7 +204,7 @@ class BPETokenizer:
             self.core.add_special_tokens([END_TEXT])
         byte_of, vocab = byte_symbols(), self.core.get_vocab()
         if any(symbol not in vocab for symbol in byte_of) or self.core.decoder is None:
-            raise Stop("that tokenizer is not a byte-level one with its decoder: it would lose characters; take another")
+            raise Stop("that tokenizer is no byte-level one with a decoder, it would lose characters: take another")
         pieces = [b""] * (max(vocab.values()) + 1)  # the bytes of each entry
         for token, i in vocab.items():
             known = all(symbol in byte_of for symbol in token)
@@ -218,28 +215,30 @@ class BPETokenizer:
         if keep is not None:
             new = {old: i for i, old in enumerate(keep)}
             byte = {value: new[vocab[symbol]] for symbol, value in byte_of.items()}
-            self.spell = [[new[i]] if i in new else [byte[b] for b in piece] for i, piece in enumerate(pieces)]
+            self.spell = [[new[i]] if i in new else [byte[b] for b in piece]
+                          for i, piece in enumerate(pieces)]
             pieces, self.end = [pieces[i] for i in keep], new[self.end]
         self.pieces, self.vocab_size = pieces, len(pieces)
-        # A character has one byte that does not look like 10xxxxxx: counting those counts characters.
+        # Each character has one byte that does not look like 10xxxxxx: they are counted.
         self.chars = torch.tensor([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces])
 
     def encode(self, text: str) -> torch.Tensor:
         """Token numbers, shape (n,), in a small integer type."""
-        # Between a line break and a letter every such tokenizer cuts anyway: lines can be encoded side by side.
+        # Every such tokenizer cuts between a line break and a letter: lines can be encoded one by one.
         cuts = (cut.start() for cut in re.finditer(rf"(?={END})|(?<=[^\s{END}]\n)(?=[^\s/])", text))
         bounds = itertools.pairwise(itertools.chain([0], cuts, [len(text)]))
         lines, parts = (text[start:end] for start, end in bounds), []
         end = self.core.token_to_id(END_TEXT)
+        small = torch.uint16 if self.vocab_size <= 2**16 else torch.int32
         while batch := list(itertools.islice(lines, 10_000)):  # not all at once, to save memory
             ids = []
-            songs = [line.removeprefix(END) for line in batch]
+            songs = [line.removeprefix(END) for line in batch]  # a line may begin a song
             coded = self.core.encode_batch_fast(songs, add_special_tokens=False)
             for line, code in zip(batch, coded):
                 ids += [end] * line.startswith(END) + code.ids
-            if self.spell:
+            if self.spell:  # pruned: several bytes for an entry that is gone
                 ids = [new for old in ids for new in self.spell[old]]
-            parts.append(torch.tensor(ids, dtype=torch.uint16 if self.vocab_size <= 2**16 else torch.int32))
+            parts.append(torch.tensor(ids, dtype=small))
         return torch.cat(parts)
 
     def decode(self, ids: torch.Tensor) -> str:
@@ -247,7 +246,7 @@ class BPETokenizer:
         return b"".join(self.pieces[i] for i in ids.tolist()).decode("utf-8", "ignore")
 
     def stream(self, ids):
-        """Yield the text of each token number as it comes; a character of several tokens comes with the last one."""
+        """Yield the text of each token number as it comes; a character's comes with its last token."""
         decoder = codecs.getincrementaldecoder("utf-8")("ignore")
         return (decoder.decode(self.pieces[i]) for i in ids)
 
@@ -258,158 +257,44 @@ class BPETokenizer:
     def describe(self, text: str, ids: torch.Tensor) -> dict:
         """What the vocabulary makes of the training text. Density: how often an entry is seen."""
         size, words = self.vocab_size, sum(1 for _ in re.finditer(r"\w+", text))
-        seen = sum(torch.bincount(part.int(), minlength=size) for part in ids.split(2**20))
-        return dict(vocab_size=size, tokens=len(ids), chars_per_token=len(text) / len(ids),
-                    tokens_per_word=len(ids) / max(1, words), tokens_per_vocab_entry=len(ids) / size,
-                    entries_never_seen=(seen == 0).sum().item(), entries_seen_once=(seen == 1).sum().item())
-
-
-def library(call, *args):
-    """What a call of the tokenizers library returns. Stop says what it did not like."""
-    try:
-        return call(*args)
-    except Exception as e:
-        if type(e) is not Exception:  # the library raises nothing narrower
-            raise
-        raise Stop(f"this holds no tokenizer ({e}): give a tokenizer.json, or a folder with vocab.json "
-                   "and merges.txt") from None
+        seen = sum(torch.bincount(part.int(), minlength=size) for part in ids.split(2**20))  # (size,)
+        return dict(
+            vocab_size=size, tokens=len(ids), tokens_per_word=len(ids) / max(1, words),
+            chars_per_token=len(text) / len(ids), tokens_per_vocab_entry=len(ids) / size,
+            entries_never_seen=(seen == 0).sum().item(), entries_seen_once=(seen == 1).sum().item())
 
 
 def byte_level(model: models.BPE) -> Tokenizer:
     """A BPE over bytes as GPT-2 has it: words with the space before them, nothing lost."""
     core = Tokenizer(model)
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # words, as bytes
+    core.decoder = decoders.ByteLevel()
     return core
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of the text's own words. Stop if the text is too short for so many entries."""
+    """A byte-level BPE of the text's own words, one song at a time. Stop if they are too few for it."""
     core = byte_level(models.BPE())
     core.train_from_iterator(text.split(END), trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_TEXT], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    if core.get_vocab_size() < vocab_size:
-        raise Stop(f"--vocab_size {vocab_size} is too large for this text: it makes {core.get_vocab_size()} entries at most")
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # an entry for each byte, seen or not
+    size = core.get_vocab_size()
+    if size < vocab_size:
+        raise Stop(f"--vocab_size {vocab_size} is too large for this text: it makes {size} entries at most")
     return core
-
-
-def tiktoken_tokenizer(name: str) -> Tokenizer:
-    """OpenAI's encoding, downloaded at first use, as a tokenizer.json that a checkpoint can hold. OSError without network."""
-    encoding = tiktoken.get_encoding(name)
-    ranks, symbols = encoding._mergeable_ranks, {byte: symbol for symbol, byte in byte_symbols().items()}
-    written = {piece: "".join(symbols[byte] for byte in piece) for piece in ranks}
-    merges = []  # tiktoken joins any two pieces that make up an entry, early entries first
-    for piece in sorted(ranks, key=ranks.get):
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        pairs = [(ranks[a], ranks[b], written[a], written[b]) for a, b in pairs if a in ranks and b in ranks]
-        merges += [(a, b) for _, _, a, b in sorted(pairs)]
-    vocab = {written[piece]: rank for piece, rank in ranks.items()}
-    core = byte_level(models.BPE(vocab, merges, ignore_merges=True))
-    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # to the other engine that + would mean: again and again
-    core.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    core.add_special_tokens([END_TEXT])
-    return core
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, or in a folder with one or with vocab.json and merges.txt. Stop if it is none."""
-    try:
-        if path.is_dir() and not (path / "tokenizer.json").exists():
-            return byte_level(library(models.BPE.from_file, str(path / "vocab.json"), str(path / "merges.txt")))
-        core = library(Tokenizer.from_file, str(path / "tokenizer.json" if path.is_dir() else path))
-        if not isinstance(core.model, models.BPE):
-            raise Stop("its tokenizer is not of BPE kind: take another")
-        return core
-    except Stop as e:
-        raise Stop(f"--tokenizer_path {path}: {e}") from None
-
-
-def find_tokenizer(given: dict, text: str) -> tuple[Tokenizer, str]:
-    """The tokenizer that was asked for, and what it is; auto: the file, else tiktoken's, else one of the text's own."""
-    kind, path = given.get("tokenizer", Config.tokenizer), Path(given.get("tokenizer_path", ""))
-    named = path != Path()
-    if kind == "tiktoken" and named:
-        raise Stop("--tokenizer tiktoken takes no --tokenizer_path: leave one of them out")
-    if "vocab_size" in given and kind != "custom":
-        raise Stop("--vocab_size needs --tokenizer custom")
-    if named and (path.exists() or kind == "polish"):
-        return read_tokenizer(path), str(path)
-    if kind == "polish":
-        from transformers import AutoTokenizer
-        try:
-            return AutoTokenizer.from_pretrained(POLISH).backend_tokenizer, POLISH
-        except OSError as e:
-            raise Stop(f"cannot fetch the tokenizer of {POLISH} ({type(e).__name__}): go online once, or give a copy "
-                       "of it as --tokenizer_path") from None
-    note = ""
-    if kind in ("auto", "tiktoken"):
-        encoding = given.get("encoding", Config.encoding)
-        try:
-            return tiktoken_tokenizer(encoding), f"tiktoken's {encoding}"
-        except (OSError, ValueError) as e:  # ValueError: something else came in place of the file
-            note = f", as tiktoken's {encoding} cannot be fetched ({type(e).__name__})"
-            if kind == "tiktoken":
-                raise Stop(f"{note[5:]}: go online once, set TIKTOKEN_CACHE_DIR to a folder that holds it, "
-                           "or take --tokenizer custom") from None
-    size = given.get("vocab_size", Config.vocab_size)
-    core = train_tokenizer(split_corpus(text)[0], size)
-    return core, f"custom, {size:,} entries from the training part{note}"
-
-
-def make_tokenizer(given: dict, text: str, checkpoint: dict | None) -> BPETokenizer:
-    """The checkpoint's tokenizer, or a new one for the text. Stop if it would lose a character of the text."""
-    path = Path(given.get("tokenizer_path", ""))
-    if checkpoint:
-        tokenizer = BPETokenizer(**checkpoint["tokenizer"])
-        if path != Path() and path.exists():
-            keep = tokenizer.state["keep"]
-            core = read_tokenizer(path)
-            if keep and max(keep) >= core.get_vocab_size() or BPETokenizer(core.to_str(), keep).pieces != tokenizer.pieces:
-                raise Stop(f"--tokenizer_path {path} is not the tokenizer of the checkpoint: leave it out")
-        return tokenizer
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
-    if path != Path() and not path.exists() and not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise Stop(f"cannot write --tokenizer_path {path}: choose another")
-    core, name = find_tokenizer(given, text)
-    source, start = core.to_str(), next((char for char in END + "\n" if char in text), text[:1])
-    tokenizer = BPETokenizer(source, start=start)
-    for begin in range(0, len(text), 2**20):  # in parts, to save memory
-        part = text[begin:begin + 2**20]
-        if tokenizer.decode(tokenizer.encode(part)) != part:
-            raise Stop("that tokenizer loses characters of the text: take another")
-    if given.get("prune_vocab"):
-        seen = set(tokenizer.encode(split_corpus(text)[0]).tolist())
-        single = {i for i, piece in enumerate(tokenizer.pieces) if len(piece) == 1}  # bytes, end of a song
-        tokenizer = BPETokenizer(source, sorted(seen | single), start)
-    say(f"tokenizer: {name}")
-    show_pieces(tokenizer, text)
-    return tokenizer
 
 
 def show_pieces(tokenizer: BPETokenizer, text: str):
-    """Print a line of the text with its pieces marked, and what a BPE of this text would join first."""
-    line = next((line for line in re.split(f"[\n{END}]", text) if len(line) > 30), text[:60])
-    pieces = [tokenizer.pieces[i].decode("utf-8", "replace") for i in tokenizer.encode(line).tolist()]
-    words = Counter(re.findall(r"\w+", text[:200_000]))
-    merges = learn_merges(words, 8)
-    longest = max(words, key=lambda word: len(cut_word(word, [])) - len(cut_word(word, merges)), default="")
-    say(f"pieces: {'|'.join(pieces)}")
-    say("a BPE of this text joins first " + ", ".join(f"{a}+{b}" for a, b in merges)
-        + f": {'|'.join(cut_word(longest, merges))}")
+    """Print a line of the text with its pieces marked, and what a BPE of its words would join first.
 
-
-def save_tokenizer(tokenizer: BPETokenizer, config: Config):
-    """Write RUN_DIR/tokenizer.json and, if there is none, the file at --tokenizer_path."""
-    given = Path(config.tokenizer_path)
-    paths = [Path(config.run_dir, "tokenizer.json")]
-    if config.tokenizer_path and not config.resume and not given.exists():
-        given.parent.mkdir(parents=True, exist_ok=True)
-        paths.append(given)
-    for path in paths:
-        with replacing(path) as file:
-            file.write(tokenizer.state["source"].encode())
+    A character of several pieces stands in its last one.
+    """
+    line = max(re.split(f"[\n{END}]", text[:2000]), key=len)[:80]
+    say("pieces: " + "|".join(tokenizer.stream(tokenizer.encode(line).tolist())))
+    merges = learn_merges(Counter(re.findall(r"\w+", text[:20_000])), 8)  # by hand, so not of all
+    word = next((word for word in re.findall(r"\w+", line) if len(cut_word(word, merges)) < len(word)), "")
+    say("a BPE of this text begins with " + ", ".join(f"{a}+{b}" for a, b in merges)
+        + f": {'|'.join(cut_word(word, merges))}")
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -438,7 +323,7 @@ def row_length(config: Config, step: int) -> int:
     return max(1, config.block_size // 2**doublings_left)
 
 
-@functools.lru_cache(2)  # once an epoch, not once a row
+@functools.lru_cache(2)  # once an epoch, not once a step
 def shuffled_windows(length: int, size: int, seed: int) -> torch.Tensor:
     """Where an epoch's windows begin, shape (length // size,): the text is a ring, cut at random, then every `size`."""
     generator = torch.Generator().manual_seed(seed)
@@ -460,12 +345,15 @@ def draw_batch(ids, config: Config, step: int, rank: int, world: int) -> torch.T
         starts = torch.randint(len(ids) - size, (count,), generator=generator)[rank::world]
     else:
         per_epoch = max(1, len(ids) // size)  # rows
-        read = range(step * count + rank, (step + 1) * count, world)  # of all rows, first to last
-        starts = torch.stack([
-            shuffled_windows(len(ids), size, hash((config.seed, row // per_epoch)))[row % per_epoch]
-            for row in read])
+        numbers = torch.arange(step * count + rank, (step + 1) * count, world)  # of all rows ever
+        first, last = step * count // per_epoch, ((step + 1) * count - 1) // per_epoch
+        epochs = [shuffled_windows(len(ids), size, hash((config.seed, epoch)))
+                  for epoch in range(first, last + 1)]  # a step may end one and begin another
+        starts = torch.cat(epochs)[numbers - first * per_epoch]
     places = starts[:, None] + torch.arange(size + 1)  # (rows, T + 1)
-    return ids[places % len(ids)].long().view(config.grad_accum, rows, size + 1)
+    # By numpy: torch before 2.10 takes no entries out of 16-bit numbers, as stage 2 has them.
+    read = torch.from_numpy(ids.numpy()[(places % len(ids)).numpy()])
+    return read.long().view(config.grad_accum, rows, size + 1)
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -556,16 +444,16 @@ class Block(nn.Module):
 
 
 class SlicedLoss(torch.autograd.Function):
-    """Mean cross-entropy of a linear head without ever holding all logits: 16,384 tokens x 50,257 entries are 3.3 GB a copy.
+    """Mean cross-entropy of a linear head that never holds all logits: of 16,384 tokens they are 3.3 GB a copy.
 
-    The tokens go through the head a slice at a time, and each slice leaves its part of the gradients at once,
-    in float32.
+    The tokens go through the head a slice at a time, and each slice leaves its part of the gradients at
+    once, in float32.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets):
-        """The loss in nats per token. x: (N, C); weight: (V, C); bias: (V,) or None; targets: (N,), -100 is not counted."""
-        count, total = (targets >= 0).sum(), 0
+        """The loss in nats per token. x: (N, C); weight: (V, C); bias: (V,) or None; targets: (N,), -100: none."""
+        count, total = (targets >= 0).sum(), 0  # of tokens, of nats
         learns = ctx.needs_input_grad[0]  # not in evaluation
         grads = [torch.zeros_like(t, dtype=torch.float32) if learns and t is not None else None
                  for t in (x, weight, bias)]
@@ -578,11 +466,11 @@ class SlicedLoss(torch.autograd.Function):
                 if not learns:
                     continue
                 told = (target >= 0)[:, None] / count  # (n, 1): what each token's loss weighs
-                error = logits.softmax(dim=-1)  # the gradient of cross-entropy: expected less what came
+                error = logits.softmax(dim=-1)  # the gradient: what was expected, less what came
                 error.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(told))
                 error *= told
-                torch.mm(error, weight, out=grads[0][start:start + size])
-                grads[1].addmm_(error.T, part)
+                torch.mm(error, weight, out=grads[0][start:start + size])  # (n, C)
+                grads[1].addmm_(error.T, part)  # (V, C)
                 if bias is not None:
                     grads[2] += error.sum(dim=0)
         ctx.save_for_backward(*grads)
@@ -926,7 +814,7 @@ def average(number: float) -> float:
 
 
 def join_processes(facts: dict):
-    """Meet the other processes of this run. Stop if they differ in the text or in what they make of it."""
+    """Meet the other processes of this run. Stop if they differ in the text or in an option."""
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in facts["device"] else "gloo")
         everybodys = [None] * WORLD
@@ -945,7 +833,7 @@ def check_values(options: dict):
     """Stop if an option is not known, or its value is of another type or out of its range."""
     for name, value in options.items():
         f = Config.__dataclass_fields__.get(name)
-        if not f or type(value) is not f.type:
+        if not f or type(value) is not f.type or "\0" in str(value):
             raise Stop(f"--{name} {value!r} is not an option of this version")
         low, high, choices = (f.metadata[limit] for limit in ("low", "high", "choices"))
         if choices and value not in choices or f.type in (int, float) and not low <= value <= high:
@@ -1017,6 +905,133 @@ def make_config(given: dict, device: torch.device, tokens: int = 0) -> Config:
     return config
 
 
+def byte_symbols() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary (Radford et al., 2019, GPT-2's encoder.py)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def library(call, *args):
+    """What a call of the tokenizers library returns. Stop says what it does not like."""
+    try:
+        return call(*args)
+    except Exception as e:
+        if type(e) is not Exception:  # the library raises nothing narrower
+            raise
+        raise Stop(f"no tokenizer ({e}): give a tokenizer.json, or a folder with vocab.json and "
+                   "merges.txt") from None
+
+
+def tiktoken_tokenizer(name: str) -> Tokenizer:
+    """OpenAI's encoding, downloaded at first use, as a tokenizer that a checkpoint can hold. OSError without network."""
+    encoding = tiktoken.get_encoding(name)
+    ranks = encoding._mergeable_ranks  # an entry's bytes -> its number
+    symbols = {byte: symbol for symbol, byte in byte_symbols().items()}
+    written = {piece: "".join(symbols[byte] for byte in piece) for piece in ranks}
+    merges = []  # tiktoken joins any two pieces that make up an entry, early entries first
+    for piece in sorted(ranks, key=ranks.get):
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        pairs = [(ranks[a], ranks[b], a, b) for a, b in pairs if a in ranks and b in ranks]
+        merges += [(written[a], written[b]) for _, _, a, b in sorted(pairs)]
+    vocab = {written[piece]: rank for piece, rank in ranks.items()}
+    core = byte_level(models.BPE(vocab, merges, ignore_merges=True))
+    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # for the library's engine + means: again
+    core.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.add_special_tokens([END_TEXT])
+    return core
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, or in a folder with one or with vocab.json and merges.txt. Stop: it is none."""
+    try:
+        if path.is_dir() and not (path / "tokenizer.json").exists():
+            parts = str(path / "vocab.json"), str(path / "merges.txt")
+            return byte_level(library(models.BPE.from_file, *parts))
+        core = library(Tokenizer.from_file, str(path / "tokenizer.json" if path.is_dir() else path))
+        if not isinstance(core.model, models.BPE):
+            raise Stop("its tokenizer is not of BPE kind: take another")
+        return core
+    except Stop as e:
+        raise Stop(f"--tokenizer_path {path}: {e}") from None
+
+
+def find_tokenizer(given: dict, text: str) -> tuple[Tokenizer, str]:
+    """The tokenizer that was asked for, and what it is; auto: the file, else tiktoken's, else one of the text's own."""
+    kind, path = given.get("tokenizer", Config.tokenizer), Path(given.get("tokenizer_path", ""))
+    named = path != Path()
+    if kind == "tiktoken" and named:
+        raise Stop("--tokenizer tiktoken takes no --tokenizer_path: leave one of them out")
+    if "vocab_size" in given and kind != "custom":
+        raise Stop("--vocab_size needs --tokenizer custom")
+    if named and (path.exists() or kind == "polish"):
+        return read_tokenizer(path), str(path)
+    if kind == "polish":
+        from transformers import AutoTokenizer
+        try:
+            return AutoTokenizer.from_pretrained(POLISH).backend_tokenizer, POLISH
+        except OSError as e:
+            raise Stop(f"cannot fetch the tokenizer of {POLISH} ({type(e).__name__}): go online once, or give a copy "
+                       "of it as --tokenizer_path") from None
+    note = ""
+    if kind in ("auto", "tiktoken"):
+        encoding = given.get("encoding", Config.encoding)
+        try:
+            return tiktoken_tokenizer(encoding), f"tiktoken's {encoding}"
+        except (OSError, ValueError) as e:  # ValueError: something else came in place of the file
+            note = f"tiktoken's {encoding} cannot be fetched ({type(e).__name__})"
+            if kind == "tiktoken":
+                raise Stop(f"{note}: go online once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or "
+                           "take --tokenizer custom") from None
+    size = given.get("vocab_size", Config.vocab_size)
+    core = train_tokenizer(split_corpus(text)[0], size)
+    return core, f"custom, {size:,} entries from the training part" + f", as {note}" * bool(note)
+
+
+def make_tokenizer(given: dict, text: str, checkpoint: dict | None) -> BPETokenizer:
+    """The checkpoint's tokenizer, or a new one for the text. Stop if it would lose a character of the text."""
+    path = Path(given.get("tokenizer_path", ""))
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    writable = parent.is_dir() and os.access(parent, os.W_OK)
+    if path != Path() and not path.exists() and not writable:
+        raise Stop(f"cannot write --tokenizer_path {path}: choose another")
+    if checkpoint:
+        state = checkpoint["tokenizer"]
+        if path != Path() and path.exists():
+            theirs = BPETokenizer(read_tokenizer(path).to_str())
+            if theirs.pieces != BPETokenizer(state["source"]).pieces:
+                raise Stop(f"--tokenizer_path {path} is not the checkpoint's tokenizer: leave it out")
+        return BPETokenizer(**state)
+    core, name = find_tokenizer(given, text)
+    source, start = core.to_str(), next((char for char in END + "\n" if char in text), text[:1])
+    tokenizer = BPETokenizer(source, start=start)
+    for begin in range(0, len(text), 2**20):  # in parts, to save memory
+        part = text[begin:begin + 2**20]
+        if tokenizer.decode(tokenizer.encode(part)) != part:
+            raise Stop("that tokenizer loses characters of the text: take another")
+    if given.get("prune_vocab"):
+        seen = set(tokenizer.encode(split_corpus(text)[0]).tolist())
+        single = {i for i, piece in enumerate(tokenizer.pieces) if len(piece) == 1}  # bytes, the end
+        tokenizer = BPETokenizer(source, sorted(seen | single), start)
+    say(f"tokenizer: {name}")
+    show_pieces(tokenizer, text)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: BPETokenizer, config: Config):
+    """Write RUN_DIR/tokenizer.json and, if there is none, the file at --tokenizer_path."""
+    given = Path(config.tokenizer_path)
+    paths = [Path(config.run_dir, "tokenizer.json")]
+    if config.tokenizer_path and not config.resume and not given.exists():
+        given.parent.mkdir(parents=True, exist_ok=True)
+        paths.append(given)
+    for path in paths:
+        with replacing(path) as file:
+            file.write(tokenizer.state["source"].encode())
+
+
 def read_corpus(path: str) -> str:
     """The text of a UTF-8 file, its songs separated by END. A BOM and Windows line ends are tolerated."""
     try:
@@ -1062,7 +1077,13 @@ def form(value):
         return {name: form(part) for name, part in value.items()}
     if isinstance(value, list):
         return [form(part) for part in value]
-    return (value.dtype, value.shape) if isinstance(value, torch.Tensor) else type(value)
+    return (value.dtype, value.shape, value.stride()) if isinstance(value, torch.Tensor) else type(value)
+
+
+def is_finite(saved: dict) -> bool:
+    """Are the losses and the weights numbers?"""
+    losses = torch.tensor([record["val_loss"] for record in saved["history"]])
+    return all(numbers.isfinite().all() for numbers in (losses, *saved["model"].values()))
 
 
 def check_checkpoint(saved: dict):
@@ -1083,7 +1104,8 @@ def check_checkpoint(saved: dict):
     record = dict(iter=0, train_loss=0.0, val_loss=0.0, val_bpc=0.0, learning_rate=0.0, seconds=0.0)
     ours = make_checkpoint(config, tokenizer, model, optimizers, scaler, [record] * len(history), 1)
     in_range = 0 <= history[-1]["iter"] <= config.max_iters and 0 < saved["context"] <= config.block_size
-    if form(saved) != form(ours | dict(corpus_sha256="")) or not in_range or not len(tokenizer.encode(tokenizer.start)):
+    in_range = in_range and len(tokenizer.encode(tokenizer.start)) and is_finite(saved)
+    if form(saved) != form(ours | dict(corpus_sha256="")) or not in_range:
         raise ValueError
 
 
@@ -1092,8 +1114,11 @@ def load_checkpoint(path: str) -> dict:
     try:
         with urllib.request.urlopen(path, timeout=30) if "://" in path else open(path, "rb") as source:
             file = io.BytesIO(source.read())  # read once, checked, then loaded
-        parts = zipfile.ZipFile(file)  # torch.load takes damaged numbers as they are
-        if sum(part.file_size for part in parts.infolist()) > len(file.getbuffer()) or parts.testzip():
+        archive = zipfile.ZipFile(file)
+        parts = archive.infolist()
+        packed = any(part.compress_type or part.external_attr for part in parts)  # none of ours
+        too_large = sum(part.file_size for part in parts) > len(file.getbuffer())
+        if packed or too_large or archive.testzip():  # torch.load takes damaged numbers as they are
             raise ValueError
         file.seek(0)
         saved = torch.load(file, map_location="cpu", weights_only=True)  # so that it cannot run code
@@ -1142,19 +1167,22 @@ def is_run(folder: Path) -> bool:
 
 def check_targets(config: Config):
     """Stop unless the run may write where it is told to. Leaves no trace."""
-    folder, text = Path(config.run_dir).resolve(), Path(config.input).resolve()
-    names = ["output", "save_path", "run_dir"]
-    for name in names[:1 if config.sample_only else 2 if config.resume else 3]:
+    names = ["run_dir", "save_path", "output"]
+    folder, best, text = (Path(name).resolve() for name in (config.run_dir, config.save_path, config.input))
+    for name in names[2 if config.sample_only else 1 if config.resume else 0:]:
         path = Path(getattr(config, name)).resolve()
-        parent = next(parent for parent in path.parents if parent.exists())
+        parent = next((parent for parent in path.parents if parent.exists()), path)
         if name == "run_dir":
-            samples = not path.is_file() and {part.name for part in path.rglob("*")} <= {"output", "sample.txt"}
             reason = "it is no folder of a run, or it holds the text or the current folder"
-            bad = not (is_run(path) or samples) or text.is_relative_to(path) or Path.cwd().is_relative_to(path)
+            ours = all(re.match(r"output$|sample\.txt", part.name) for part in path.rglob("*")) or is_run(path)
+            bad = path.exists() and not (path.is_dir() and ours)
+            bad = bad or text.is_relative_to(path) or Path.cwd().is_relative_to(path)
         else:
-            reason = "it is the text, a folder or a device, or it belongs to a run"
-            of_a_run = path != folder / "model_best.pt" and (path.parent == folder or is_run(path.parent))
-            bad = path == text or of_a_run or path.exists() and not path.is_file()
+            reason = "it is the text, the best checkpoint, a folder or a device, or it belongs to a run"
+            own = name == "save_path" and path == folder / "model_best.pt"
+            of_a_run = not own and (path.parent == folder or is_run(path.parent))
+            taken = path == text or name == "output" and path == best
+            bad = taken or of_a_run or path.exists() and not path.is_file()
         if bad or not parent.is_dir() or not os.access(parent, os.W_OK):
             raise Stop(f"cannot write --{name} {path} ({reason if bad else parent}): choose another")
 
@@ -1175,7 +1203,7 @@ def run_folder(config: Config, facts: dict):
         if not config.resume and folder.exists() and any(folder.iterdir()):
             keep_previous(folder)  # as a whole
         folder.mkdir(exist_ok=True)
-        for unfinished in folder.glob("*.tmp"):  # left by a kill
+        for unfinished in folder.rglob("*.tmp"):  # left by a kill
             unfinished.unlink()
         versions = dict(python=sys.version, torch=torch.__version__)
         write_json(folder / "config.json", dict(facts, options=asdict(config), versions=versions))
@@ -1183,7 +1211,8 @@ def run_folder(config: Config, facts: dict):
             best.parent.mkdir(parents=True, exist_ok=True)
             keep_previous(best)
             if config.resume:
-                best.write_bytes((folder / "model_best.pt").read_bytes())
+                with replacing(best) as file:
+                    file.write((folder / "model_best.pt").read_bytes())
         yield
     except FAILURES as e:
         if (folder / "model_last.pt").exists():
@@ -1197,8 +1226,7 @@ def run_folder(config: Config, facts: dict):
 def save(best: bool, checkpoint: dict, facts: dict):
     """Write a checkpoint as the last one and, if so, as the best; then the report. Stop if a number is NaN."""
     config, history = checkpoint["config"], checkpoint["history"]
-    numbers = [torch.tensor(history[-1]["val_loss"]), *checkpoint["model"].values()]
-    if not all(number.isfinite().all() for number in numbers):
+    if not is_finite(checkpoint):
         raise Stop(NAN, 1)
     paths = [config["save_path"], f"{config['run_dir']}/model_best.pt"] if best else []
     paths = dict.fromkeys([*paths, f"{config['run_dir']}/model_last.pt"])  # the one to continue from last
@@ -1257,43 +1285,48 @@ def write_samples(model, tokenizer, config: Config, context: int):
 # ------------------------------------------------------------------------------------------------- main
 FAILURES = (Stop, OSError, MemoryError, RuntimeError, KeyboardInterrupt)  # what may end a run
 MEMORY = "out of memory: lower --batch_size (and raise --grad_accum), --block_size or --n_embd"
-KNOWN = {"allocate": MEMORY, "out of memory": MEMORY, "connection": "another process of this run is gone",
-         "compiler": "--compile needs a C++ compiler: install g++, or leave --compile out"}
+KNOWN = {"alloc": MEMORY, "out of memory": MEMORY, "connection": "another process of this run is gone",
+         "compiler": "--compile needs a C++ compiler: install g++, or leave --compile out",
+         "inline_container": "a checkpoint cannot be written: is the disk full?"}
 
 
-def check_memory(config: Config, vocab_size: int):
-    """Stop if weights, gradients and the optimizer's numbers alone, 16 bytes a parameter, exceed the memory."""
+def make_facts(config: Config, tokenizer, train_text: str, train_ids, device: torch.device) -> dict:
+    """What can be said of a run before it starts. Stop if its parameters alone need more memory than there is."""
     with torch.device("meta"):  # shapes without memory
-        model = GPTLanguageModel(config, vocab_size)
-    needed = 16 * sum(p.numel() for p in model.parameters()) + 4 * config.block_size**2
-    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise Stop(MEMORY)
-
-
-def make_facts(config: Config, tokenizer, model, text: str, train_ids) -> dict:
-    """What can be said of a run before it starts."""
-    device = next(model.parameters()).device
+        model = GPTLanguageModel(config, tokenizer.vocab_size)
+    params = sum(p.numel() for p in model.parameters())
+    if hasattr(os, "sysconf") and 16 * params > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise Stop(MEMORY)  # a weight, its gradient and two numbers of the optimizer, four bytes each
     return dict(
-        tokenizer.describe(split_corpus(text)[0], train_ids), params=sum(p.numel() for p in model.parameters()),
+        tokenizer.describe(train_text, train_ids), params=params,
         tokens_per_step=config.grad_accum * config.batch_size * config.block_size * WORLD,
-        device=str(device), seed=config.seed, corpus_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        device=str(device), seed=config.seed,
         dtype=str(mixed_precision(config.dtype, device).fast_dtype).removeprefix("torch."))
+
+
+def load_source(given: dict) -> dict | None:
+    """The checkpoint to start from, if there is to be one."""
+    folder = given.get("run_dir", Config.run_dir)
+    if given.get("resume"):
+        if given.get("load_url") or given.get("sample_only"):
+            raise Stop("--resume continues a run: leave out --load_url and --sample_only")
+        return load_checkpoint(f"{folder}/model_last.pt")
+    source = given.get("load_url")
+    if given.get("sample_only"):
+        source = source or given.get("save_path") or f"{folder}/model_best.pt"
+    return load_checkpoint(source) if source else None
 
 
 def run(given: dict) -> dict:
     """Train, then sample; or only sample. All that can be wrong is found before anything is written. The metrics."""
-    folder = given.get("run_dir", Config.run_dir)
-    resume, sample_only, source = (given.get(name) for name in ("resume", "sample_only", "load_url"))
-    if resume and (source or sample_only):
-        raise Stop("--resume continues a run: leave out --load_url and --sample_only")
-    if resume:
-        source = f"{folder}/model_last.pt"
-    elif sample_only:
-        source = source or given.get("save_path") or f"{folder}/model_best.pt"
-    saved = load_checkpoint(source) if source else None
+    saved = load_source(given)
     given = inherit(given, saved)  # what a checkpoint says of options
     device = pick_device(given.get("device", "auto"))
-    text = "" if sample_only else read_corpus(given.get("input", Config.input))
+    text = "" if given.get("sample_only") else read_corpus(given.get("input", Config.input))
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    if given.get("resume") and sha256 != saved["corpus_sha256"]:
+        raise Stop(f"--input {given['input']} (SHA-256 {sha256[:8]}) is not the text that this run began with "
+                   f"({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
     tokenizer = make_tokenizer(given, text, saved)
     tokenizer.encode(given.get("prompt", ""))  # does it know all of it?
     train_text, val_text = split_corpus(text)
@@ -1301,40 +1334,42 @@ def run(given: dict) -> dict:
     val_ids = torch.cat((train_ids[-1:], tokenizer.encode(val_text)))
     config = make_config(given, device, len(train_ids))
     check_targets(config)  # before anything is written
-    if not sample_only and (len(train_ids) <= config.block_size or len(val_ids) < 2):
-        raise Stop(f"{config.input} is too short ({len(text):,} characters) for --block_size {config.block_size}: lower it, "
-                   "or bring more text")
-    check_memory(config, tokenizer.vocab_size)
+    if config.sample_only:
+        model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
+        model.load_state_dict(saved["model"])
+        write_samples(model, tokenizer, config, saved["context"])
+        return best_of(saved["history"])
+    if len(train_ids) <= config.block_size or len(val_ids) < 2:
+        raise Stop(f"{config.input} is too short ({len(text):,} characters) for --block_size {config.block_size}: "
+                   "lower it, or bring more text")
+    facts = make_facts(config, tokenizer, train_text, train_ids, device) | dict(corpus_sha256=sha256)
+    join_processes(asdict(config) | facts)
+    with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():
+        say(f"{config.size}, {config.recipe}, {facts['params']:,} parameters on {device} in {facts['dtype']}; "
+            f"{len(text):,} characters, {facts['vocab_size']:,} entries in the vocabulary, "
+            f"each seen {facts['tokens_per_vocab_entry']:,.1f} times")
+        if RANK == 0:
+            save_tokenizer(tokenizer, config)
+        return train_and_sample(config, tokenizer, train_ids, val_ids, facts, saved, device)
+
+
+def train_and_sample(config: Config, tokenizer, train_ids, val_ids, facts: dict, saved: dict | None, device) -> dict:
+    """A run, once its folder is open. Returns the metrics."""
+    tokens = config.max_iters * facts["tokens_per_step"]
+    say(f"{config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {tokens / len(train_ids):.1f} passes over the text")
+    if config.resume and config.max_iters > saved["config"]["max_iters"]:
+        say(f"note: the learning rate is planned anew for {config.max_iters} steps")
+    keep_memory()
     torch.manual_seed(config.seed)
     model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
     if saved:
         model.load_state_dict(saved["model"])
-    if sample_only:
-        write_samples(model, tokenizer, config, saved["context"])
-        return best_of(saved["history"])
-
-    facts = make_facts(config, tokenizer, model, text, train_ids)
-    if resume and facts["corpus_sha256"] != saved["corpus_sha256"]:
-        raise Stop(f"--input {config.input} (SHA-256 {facts['corpus_sha256'][:8]}) is not the text that this run began with "
-                   f"({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
-    join_processes(facts)
-    keep_memory()
-    with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():
-        if RANK == 0:
-            save_tokenizer(tokenizer, config)
-        passes = config.max_iters * facts["tokens_per_step"] / len(train_ids)
-        say(f"{config.size}, {config.recipe}, {facts['params']:,} parameters on {device} in {facts['dtype']}: {len(text):,} "
-            f"characters, {config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {passes:.1f} passes over the text")
-        say(f"{facts['vocab_size']:,} entries in the vocabulary, each seen {facts['tokens_per_vocab_entry']:,.1f} times; "
-            f"{facts['chars_per_token']:.2f} characters a token")
-        if resume and config.max_iters > saved["config"]["max_iters"]:
-            say(f"note: the learning rate is planned anew for {config.max_iters} steps")
-        history = train(config, model, tokenizer, train_ids, val_ids, facts, saved if resume else None)
-        if RANK == 0:
-            best = load_checkpoint(f"{folder}/model_best.pt")
-            model.load_state_dict(best["model"])
-            write_samples(model, tokenizer, config, best["context"])
-        return write_report(folder, history, facts)
+    history = train(config, model, tokenizer, train_ids, val_ids, facts, saved if config.resume else None)
+    if RANK == 0:
+        best = load_checkpoint(f"{config.run_dir}/model_best.pt")
+        model.load_state_dict(best["model"])
+        write_samples(model, tokenizer, config, best["context"])
+    return write_report(config.run_dir, history, facts)
 
 
 def main(argv=None) -> dict:

@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LOG = ROOT / "benchmarks" / "logs" / "collector_bench.log"
+CASES = ((100, 0), (1000, 0), (10_000, 0), (300, 300_000))  # songs, bytes of padding in each page
 sys.path.insert(0, str(ROOT / "tests"))
 from fake_genius import TOKEN, FakeGenius, invented  # noqa: E402
 
 
 def measure(songs: int, page_bytes: int) -> tuple[float, float]:
-    """Collect so many songs in a process of its own; returns (seconds, peak memory in MiB)."""
+    """Collect that many songs in a process of its own; returns (seconds, peak memory in MiB)."""
     genius = FakeGenius()
     genius.padding = "x" * page_bytes
     genius.add_artist(7, "Tede")
@@ -36,12 +38,11 @@ def measure(songs: int, page_bytes: int) -> tuple[float, float]:
 
 def main():
     """Print and log one line a measurement; the whole process counts, its start included."""
-    log = ROOT / "benchmarks" / "logs" / "collector_bench.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w", encoding="utf-8") as file:
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    with open(LOG, "w", encoding="utf-8") as file:
         lines = [f"{time.strftime('%Y-%m-%d')} Python {platform.python_version()}, {os.cpu_count()} CPU cores"]
         print(lines[0], file=file)
-        for songs, page_bytes in ((100, 0), (1000, 0), (10_000, 0), (300, 300_000)):
+        for songs, page_bytes in CASES:
             seconds, mib = measure(songs, page_bytes)
             speed = f"{songs / seconds:6.1f} songs/s, peak {mib:.1f} MiB"
             line = f"{songs:6,} songs, pages of {page_bytes / 1000 + 3:.0f} kB: {speed}"

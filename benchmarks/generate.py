@@ -21,30 +21,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpt  # noqa: E402
 
 CHUNK = 100  # tokens of a turn
+SHAPE = dict(n_layer=6, n_head=6, n_embd=384, block_size=256)
 
 
 @torch.inference_mode()
-def generate_without_cache(model, idx, max_new_tokens, *how):
+def generate_without_cache(model, idx, max_new_tokens, context, *how):
     """Yield tokens as gpt.generate does, each from a fresh look at the whole context."""
     model.eval()
     for _ in range(max_new_tokens):
-        token = gpt.draw_token(model(idx[:, -model.config.block_size:])[:, -1], *how)
+        token = gpt.draw_token(model(idx[:, -context:])[:, -1], *how)
         idx = torch.cat((idx, token[:, None]), dim=1)
         yield token
 
 
-def main():
+def main(argv=None):
     """Print both rates and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2000)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
     for recipe in gpt.RECIPES:
         torch.manual_seed(0)
-        model = gpt.GPTLanguageModel(gpt.GPTConfig(158, 256, 6, 6, 384, 0.2, recipe == "modern"))
+        config = gpt.make_config(dict(SHAPE, recipe=recipe), torch.device("cpu"))
+        model = gpt.GPTLanguageModel(config, 158)
         start = torch.zeros(1, 1, dtype=torch.long)
-        streams = {name: function(model, start, args.tokens, 0.8, 0, 0.95) for name, function in (
-            ("cache", gpt.generate), ("plain", generate_without_cache))}
+        how = model, start, args.tokens, config.block_size, 0.8, 0, 0.95
+        streams = dict(cache=gpt.generate(*how), plain=generate_without_cache(*how))
         seconds = {name: [] for name in streams}
         for _ in range(math.ceil(args.tokens / CHUNK)):
             for name, stream in streams.items():

@@ -5,13 +5,14 @@
 
 Steps: tokens a second, by model flops the share of the card's own bfloat16 rate (measured here, 4096 x 4096), peak memory;
 attention by hand and torch's fused one, float16 and bfloat16, eager and compiled. Race: classic trains --race steps, what
-counts is when it was best; modern trains its default number of steps, as it is, with rows that grow and with R-Drop, then
-twice as many: when is it as good? Generation: one row and 64, the best of three. All at --size (base).
+counts is when it was best; modern trains its default number of steps, as it is and with rows that grow, then twice as
+many: when is it as good? Generation: one row and 64, the best of three. All at --size (base).
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import platform
@@ -31,9 +32,9 @@ import gpt  # noqa: E402
 def fused_attention(self, x, mask, rope=None, cache=None):
     """MultiHeadAttention.forward with torch's kernel instead of the four lines by hand; for training only."""
     B, T, C = x.shape
-    q, k, v = qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+    q, k, v = (part(x).view(B, T, self.n_head, -1).transpose(1, 2) for part in (self.query, self.key, self.value))
     if self.modern:
-        q, k = gpt.rotate(self.qk_norm(qkv[:2]), rope).to(v.dtype)
+        q, k = (gpt.rotate(self.qk_norm(part), rope).to(v.dtype) for part in (q, k))
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout.p * self.training, is_causal=True)
     return self.dropout(self.proj(out.transpose(1, 2).reshape(B, T, C)))
 
@@ -58,16 +59,30 @@ def per_second(work, device: str, seconds: float) -> float:
     return count / (time.perf_counter() - began)
 
 
-def make_trainer(args, **options) -> gpt.Trainer:
-    """A run of gpt.py that is ready for its first step and writes nothing."""
-    given = dict(options, input=args.input, device=args.device, size=args.size, max_iters=10**6)  # more than will be timed
-    config = gpt.make_config(given, torch.device(args.device), None)
-    text = gpt.read_corpus(config.input)
-    tokenizer = gpt.make_tokenizer(config, text, None)
+def prepare(args, **options):
+    """(settings, model, token numbers): all that a training step takes."""
+    device = torch.device(args.device)
+    text = gpt.read_corpus(args.input)
+    tokenizer = gpt.make_tokenizer({}, text, None)
+    ids = tokenizer.encode(text)
+    config = gpt.make_config(dict(options, size=args.size, max_iters=10**6), device, len(ids))  # more than will be timed
     torch.manual_seed(config.seed)
-    model = gpt.GPTLanguageModel(gpt.GPTConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head,
-                                               config.n_embd, config.dropout, config.recipe == "modern")).to(args.device)
-    return gpt.Trainer(config, model, tokenizer, text)
+    return config, gpt.GPTLanguageModel(config, tokenizer.vocab_size).to(device), ids
+
+
+def steps_per_second(args, config, model, ids) -> float:
+    """How many training steps a second gpt.py takes with these settings."""
+    device, numbers = torch.device(args.device), itertools.count()
+    network = torch.compile(model, dynamic=False) if config.compile else model
+    optimizers = gpt.make_optimizers(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+
+    def work():
+        step = next(numbers)
+        rows = gpt.draw_batch(ids, config, step, 0, 1).to(device, non_blocking=True)
+        gpt.take_step(network, optimizers, scaler, rows, config, step)
+
+    return per_second(work, args.device, args.seconds)
 
 
 def steps(args, rate: float):
@@ -79,14 +94,12 @@ def steps(args, rate: float):
                 forward = fused_attention if attention == "fused" else gpt.MultiHeadAttention.forward
                 torch.compiler.reset()
                 with patch.object(gpt.MultiHeadAttention, "forward", forward):
-                    trainer = make_trainer(args, recipe=recipe, dtype=dtype, compile=compiled)
+                    config, model, ids = prepare(args, recipe=recipe, dtype=dtype, compile=compiled)
                     if args.device == "cuda":
                         torch.cuda.reset_peak_memory_stats()
-                    tokens = trainer.tokens_per_step * per_second(trainer.step, args.device, args.seconds)
+                    tokens = config.batch_size * config.block_size * steps_per_second(args, config, model, ids)
                 memory = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else math.nan
-                config = trainer.config
-                weights = sum(p.numel() for name, p in trainer.model.named_parameters()
-                              if p.ndim == 2 and "embedding" not in name)
+                weights = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name)
                 flops = 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size  # a token
                 print(f"| {recipe} | {attention} | {dtype} | {'compiled' if compiled else 'eager'} | {tokens:,.0f} | "
                       f"{tokens * flops / rate:.0%} | {memory:.2f} |", flush=True)
@@ -95,16 +108,17 @@ def steps(args, rate: float):
 def race(args):
     """Print when classic was best, and when modern was as good."""
     def history(folder, **options):
-        given = dict(options, input=args.input, device=args.device, size=args.size, run_dir=folder, patience=0,
+        run_dir = Path(folder, "run")
+        given = dict(options, input=args.input, device=args.device, size=args.size, run_dir=str(run_dir), patience=0,
                      sample_interval=0)
         with contextlib.redirect_stdout(io.StringIO()), patch.object(gpt, "write_samples"):
             gpt.run(given)
-        return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
     with tempfile.TemporaryDirectory() as folder:
         target = min(history(folder, recipe="classic", max_iters=args.race), key=lambda record: record["val_bpc"])
     print(f"classic: best at step {target['iter']}, {target['val_bpc']:.3f} bits per character after {target['seconds']:.1f} s")
-    plans, steps = {"by default": {}, "--grow 2": dict(grow=2), "--rdrop 1": dict(rdrop=1.0), "twice as long": None}, 0
+    plans, steps = {"by default": {}, "--grow 2": dict(grow=2), "twice as long": None}, 0
     for name, options in plans.items():
         options = dict(max_iters=2 * steps) if options is None else options
         with tempfile.TemporaryDirectory() as folder:
@@ -120,14 +134,14 @@ def race(args):
 
 def generation(args):
     """Print tokens a second of one row and of 64."""
-    model = make_trainer(args).model
+    config, model, _ = prepare(args)
     for rows in (1, 64):
         start = torch.zeros(rows, 1, dtype=torch.long, device=args.device)
         times = []
         for _ in range(3):
             began = time.perf_counter()
             with gpt.mixed_precision("auto", torch.device(args.device)):
-                for _ in gpt.generate(model, start, args.tokens, 0.8, 0, 0.95):
+                for _ in gpt.generate(model, start, args.tokens, config.block_size, 0.8, 0, 0.95):
                     pass
             wait(args.device)
             times.append(time.perf_counter() - began)

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+SHAPE = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)  # of GPT-2 small; papuGaPT2 has no dropout
 
 
 def worker(kind: str, folder: str, wanted: str, rows: int, length: int):
@@ -75,7 +76,7 @@ def take_turns(command: list, folder: str, steps: int) -> dict:
     return answers
 
 
-def main():
+def main(argv=None):
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each, after one to warm up")
@@ -83,7 +84,7 @@ def main():
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.worker:
         return worker(*args.worker, args.dtype, args.rows, args.length)
     import torch
@@ -92,11 +93,12 @@ def main():
     utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))  # papuGaPT2 has no dropout
+        model = GPT2LMHeadModel(GPT2Config(**SHAPE))
         model.save_pretrained(folder)
         small_tokenizer().save_pretrained(folder)
-        answers = take_turns([sys.executable, __file__, *sys.argv[1:], "--worker"], folder, args.steps + 1)
-    print(f"GPT-2 small, {model.num_parameters():,} parameters, {args.rows} x {args.length} tokens, {args.steps} steps of "
+        command = [sys.executable, __file__, "--rows", str(args.rows), "--length", str(args.length), "--dtype", args.dtype]
+        answers = take_turns([*command, "--worker"], folder, args.steps + 1)
+    print(f"GPT-2, {model.num_parameters():,} parameters, {args.rows} x {args.length} tokens, {args.steps} steps of "
           f"each in turn, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| step | computes in | seconds (median) | fastest | peak memory | loss after all steps |")
     print("| --- " * 6 + "|")

@@ -45,12 +45,12 @@ def first_step(script: str, options: list[str], text: Path, folder: Path) -> tup
     return done[2].ru_maxrss * (1 if sys.platform == "darwin" else 1024), first, time.perf_counter() - began
 
 
-def main():
+def main(argv=None):
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", default=str(ROOT / "assets/input/input2.txt"), help="the small text (default: %(default)s)")
     parser.add_argument("--megabytes", type=float, default=100, help="size of the large one (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     print("| script | characters | peak memory, MB | bytes per character | seconds to the first step |\n" + "| --- " * 5 + "|")
     with tempfile.TemporaryDirectory() as folder:
         large = Path(folder, "large.txt")

@@ -45,13 +45,13 @@ def clean(text: str) -> str:
     return re.sub(r" +$", "", text, flags=re.MULTILINE).strip("\n")
 
 
-def main():
+def main(argv=None):
     """Write the corpus, and the tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", type=Path, help="folder with the unpacked packages")
     parser.add_argument("output", type=Path)
     parser.add_argument("--tokenizer", type=int, default=0, help="entries of a BPE to train on it")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     share = args.packages / "usr/share"
     texts = novel(share / "php/Faker/Provider/pl_PL/Text.php") + fortunes(share / "games/fortunes/pl")
     texts = [text for text in map(clean, texts) if text]

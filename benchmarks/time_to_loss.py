@@ -5,7 +5,7 @@
 Peer: a plain loop with those settings: 4 layers, 4 heads, 128 wide, context 64, batch 12, no dropout, GELU, LayerNorm
 without biases, tied head, scaled_dot_product_attention, fused AdamW (0.9, 0.99), float32, 1e-3 to 1e-4 (cosine, warm-up
 100), weight decay 0.1, clip 1.0, 2,000 steps. Its full-validation loss at the end is the target.
-Ours: gpt.py's own model and Trainer with OURS, no more than 5 % more parameters, the same text and split; the time until
+Ours: gpt.py's own model and loop with OURS, no more than 5 % more parameters, the same text and split; the time until
 its full-validation loss is at or under the target. Both are validated on the same characters in consecutive windows, each
 with its own context. Training time only, in turn, medians over the seeds.
 """
@@ -32,6 +32,7 @@ import gpt  # noqa: E402
 # What ours runs with; max_iters is the length that its schedule is planned for.
 OURS = dict(n_layer=2, n_head=4, n_embd=128, block_size=64, batch_size=16, max_iters=200, learning_rate=1e-2,
             dropout=0.0, grow=0)
+PEER_STEPS = 2000
 
 
 class PeerBlock(nn.Module):
@@ -73,7 +74,7 @@ class Peer(nn.Module):
         return F.cross_entropy(self.head(self.norm(self.blocks(x))).flatten(0, 1), targets.flatten())
 
 
-def train_peer(train_ids, vocab_size, seed, steps=2000, batch=12, context=64):
+def train_peer(train_ids, vocab_size, seed, steps, batch=12, context=64):
     """(model, training seconds) of the peer."""
     torch.manual_seed(seed)
     model = Peer(vocab_size)
@@ -99,42 +100,29 @@ def train_peer(train_ids, vocab_size, seed, steps=2000, batch=12, context=64):
 def train_ours(path, seed, options):
     """(parameters, lowest full-validation loss, training seconds) of gpt.py's own model and loop."""
     with tempfile.TemporaryDirectory() as folder:
-        given = dict(options, seed=seed, run_dir=folder, input=path, eval_interval=options["max_iters"], sample_interval=0,
-                     size="tiny", device="cpu")
+        given = dict(options, seed=seed, run_dir=f"{folder}/run", input=path, eval_interval=options["max_iters"],
+                     sample_interval=0, size="tiny", device="cpu")
         with contextlib.redirect_stdout(io.StringIO()), patch.object(gpt, "write_samples"):
             metrics = gpt.run(given)
         return metrics["params"], metrics["val_loss"], metrics["seconds"]
 
 
-class Scored(nn.Module):
-    """The peer in the form that gpt.evaluate asks for."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, idx, targets):
-        """Mean loss in nats per token."""
-        return self.model(idx, targets)
-
-
-def main():
+def main(argv=None):
     """Print each run and the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     train_text, val_text = gpt.split_corpus(gpt.read_corpus(args.input))
-    tokenizer = gpt.make_tokenizer(None, train_text + val_text, None)
+    tokenizer = gpt.make_tokenizer({}, train_text + val_text, None)
     train_ids, val_ids = tokenizer.encode(train_text), tokenizer.encode(val_text)
-    window = gpt.make_config(dict(block_size=64, batch_size=64), torch.device("cpu"), None)
-    exact = torch.autocast("cpu", torch.bfloat16, enabled=False)
+    window = gpt.make_config(dict(block_size=64, batch_size=64, dtype="float32"), torch.device("cpu"))
     print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {OURS}")
     fast = gpt.mixed_precision("auto", torch.device("cpu")).fast_dtype
     ratios = {name: [] for name in dict.fromkeys((str(fast).removeprefix("torch."), "float32"))}  # what auto takes first
     for seed in range(args.seeds):
-        peer, peer_seconds = train_peer(train_ids, tokenizer.vocab_size, seed)
-        target = gpt.evaluate(Scored(peer), torch.cat((train_ids[-1:], val_ids)), tokenizer, window, exact)[0]
+        peer, peer_seconds = train_peer(train_ids, tokenizer.vocab_size, seed, PEER_STEPS)
+        target = gpt.evaluate(peer, torch.cat((train_ids[-1:], val_ids)), tokenizer, window, 64)[0]
         size = sum(p.numel() for p in peer.parameters())
         print(f"seed {seed}: peer {size:,} parameters, {target:.3f} after {peer_seconds:.1f} s", flush=True)
         for dtype in ratios:

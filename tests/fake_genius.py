@@ -3,6 +3,8 @@
 python tests/fake_genius.py URL --artist "Tede"    # the collector as a process, against that server
 """
 
+import functools
+import gzip
 import json
 import random
 import socket
@@ -19,6 +21,24 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TOKEN = "T0kenThatMustNotShowUpAnywhere-42"
 SYLLABLES = "ba ko le mi ru szo ża ćwi dło trzą nę wę śli źre gó fa pło cha dze nia".split()
+CONSENT = b"<!DOCTYPE html><html><head><title>Before you continue</title></head><body>We use cookies</body></html>"
+ODD_ANSWERS = {  # name -> what is sent instead of the answer, with status 200
+    "empty": b"",
+    "html": CONSENT,
+    "captcha": b"<html><head><title>Just a moment...</title></head><body>Are you a robot?</body></html>",
+    "no containers": b'<html><body><div class="NewLayout">Wers<br>Wers</div></body></html>',
+    "empty container": b'<html><body><div data-lyrics-container="true"></div></body></html>',
+    "odd state": b"<html><script>window.__PRELOADED_STATE__ = JSON.parse('{\"songPage\": [1, {}]}');</script></html>",
+    "null": b"null",
+    "number": b"17",
+    "list": b'[{"response": {}}]',
+    "no response": b'{"meta": {"status": 200}, "error": "maintenance"}',
+    "wrong types": b'{"response": {"songs": "many", "sections": 3, "artist": [], "next_page": "2"}}',
+    "nulls": b'{"response": {"songs": [null, {"id": null}], "sections": [null], "artist": null, "next_page": true}}',
+    "deep": b'{"response": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "digits": b'{"response": {"songs": [], "next_page": ' + b"9" * 5000 + b"}}",
+    "binary": bytes(range(256)) * 20,
+}
 PASSING_FAULTS = ("429", "500", "502", "503", "504", "slow", "reset", "cut", "broken")
 
 
@@ -38,10 +58,21 @@ def invented(seed, stanzas=3, lines=4):
     )
 
 
+@functools.cache
+def bomb():
+    """0.4 MB that unpack to 400."""
+    return gzip.compress(bytes(400_000_000), 6)
+
+
 def page_html(lyrics, form, padding=""):
-    """A song page: lyrics in `containers` (two, with a widget between them) or in the page's embedded `state`."""
+    """A song page: lyrics in `containers` (two, with a widget between them) or in the page's embedded `state`.
+
+    The form `none` shows the text where Genius says why there are no lyrics; `raw` is the page itself.
+    """
     if form == "raw":
         return lyrics
+    if form == "none":
+        return f'<html><body><div class="LyricsPlaceholder__Message-sc-1">{lyrics}</div></body></html>'
     markup = lyrics.replace("&", "&amp;").replace("<", "&lt;").replace("\n", "<br/>")
     if form == "state":
         state = json.dumps({"songPage": {"lyricsData": {"body": {"html": f"<p>{markup}</p>"}}}, "padding": padding})
@@ -146,6 +177,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(int(fault), sent, **({"Retry_After": fake.retry_after} if fault == "429" else {}))
         if path.startswith("/v1/") and self.headers["authorization"] != f"Bearer {TOKEN}":
             return self.send(401, {"error": "invalid_token"})
+        if fault in ODD_ANSWERS:
+            return self.send(200, ODD_ANSWERS[fault], "text/html" if fault in ("html", "captcha") else "application/json")
+        if fault == "bomb":
+            return self.send(200, bomb(), Content_Encoding="gzip")
+        if fault == "no gzip":
+            return self.send(200, b"these bytes are no gzip", Content_Encoding="gzip")
         kind, body = self.answer(path, query)
         if body is None:
             return self.send(404, {"meta": {"status": 404}})

@@ -6,6 +6,7 @@ A server imports torch once and forks; each child then does what `python SCRIPT 
 import itertools
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -16,10 +17,13 @@ FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(["torch._dynamo", "matplotlib.figure"])
 
 
-def start(script, argv, output, dies_in=None):
-    """Start the script in the current folder. dies_in=("fsync", 3) kills it inside its third call of os.fsync."""
+def start(script, argv, output, dies_in=None, memory=None, environment=None):
+    """Start the script in the current folder.
+
+    dies_in=("fsync", 3) kills it inside its third call of os.fsync; memory: bytes that it may have besides those at its start.
+    """
     Path(output).unlink(missing_ok=True)
-    args = (str(script), list(map(str, argv)), os.path.abspath(output), os.getcwd(), dies_in)
+    args = (str(script), list(map(str, argv)), os.path.abspath(output), os.getcwd(), dies_in, memory, environment or {})
     child = FORKING.Process(target=run, args=args, daemon=True)
     child.start()
     return child
@@ -49,7 +53,7 @@ def evaluations(output):
     return sum(line.startswith("step ") for line in path.read_text("utf-8").splitlines()) if path.exists() else 0
 
 
-def run(script, argv, output, folder, dies_in):
+def run(script, argv, output, folder, dies_in, memory, environment):
     """The child: the script as __main__."""
     import torch
 
@@ -59,8 +63,12 @@ def run(script, argv, output, folder, dies_in):
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+    os.environ.update({name: str(value) for name, value in environment.items()})
     if dies_in:
         die_in(*dies_in)
+    if memory:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])  # of address space
+        resource.setrlimit(resource.RLIMIT_AS, [pages * resource.getpagesize() + memory] * 2)
     sys.argv = [script, *argv]
     runpy.run_path(script, run_name="__main__")
 

@@ -251,7 +251,7 @@ def test_runs_are_told_apart_by_tokenizer_size_and_epochs():
 
 
 # --- training -----------------------------------------------------------------------------------------------
-def test_run_trains_skips_what_is_done_and_goes_on_with_what_is_not(made, monkeypatch, capsys):
+def test_run_trains_skips_what_is_done_and_continues_what_is_not(made, monkeypatch, capsys):
     for script in (gpt, gpt_tiktoken):
         monkeypatch.setitem(script.SIZES, "tiny", SHAPE)
     monkeypatch.setattr(compare, "TRAINING", {"char": {}, "custom": dict(tokenizer="custom", vocab_size=300),
@@ -272,16 +272,28 @@ def test_run_trains_skips_what_is_done_and_goes_on_with_what_is_not(made, monkey
     capsys.readouterr()
     again = compare.main(argv)
     out = capsys.readouterr().out
-    assert "char: finished before" in out and "custom: going on" in out
+    assert "char: finished before" in out and "custom: continued" in out
     assert [run.values["val_bpc"] for run in again[:2]] == [run.values["val_bpc"] for run in (char, custom)]
 
 
-def test_a_signal_ends_the_whole_comparison(monkeypatch, capsys):
+def test_ctrl_c_ends_the_whole_comparison(capsys):
+    def interrupted(argv):
+        raise SystemExit(130)
+
     plan = SimpleNamespace(name="char", hf=False, options=[], place="run_dir", folder=Path("run"),
-                           script=SimpleNamespace(main=lambda argv: dict(signal=15)))
+                           script=SimpleNamespace(main=interrupted))
     with pytest.raises(SystemExit) as stop:
         compare.train(plan, 1.0)
-    assert stop.value.code == 143
+    assert stop.value.code == 130 and "the same command continues" in capsys.readouterr().out
+
+
+def test_a_stage_3_folder_may_name_its_options_in_either_file(tmp_path):
+    setup = dict(options=dict(epochs=4), corpus_sha256="ab")
+    assert compare.read_setup(tmp_path) == {}
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert compare.read_setup(tmp_path) == {}
+    (tmp_path / "run.json").write_text(json.dumps(setup))
+    assert compare.read_setup(tmp_path) == setup
 
 
 def test_stage_3_is_trained_with_a_budget_and_compared(made, runs, tmp_path, monkeypatch, capsys):
@@ -291,7 +303,7 @@ def test_stage_3_is_trained_with_a_budget_and_compared(made, runs, tmp_path, mon
                                                hf_rate=1e-4))
     assert [short.name, long.name] == ["hf_short", "hf_long"]
     short.options.append("--max_new_tokens=5")
-    monkeypatch.setattr(compare, "plans", lambda args: [short])
+    monkeypatch.setattr(compare, "plans", lambda args, plan=short: [plan])
     argv = ["--run", *compare.flags(input=made / "songs.txt", runs="runs", hf=base, minutes=0.002, out="out")]
     char, short, _ = compare.main([runs[0], *argv])
     assert short.name == "hf_short" and short.options["epochs"] == 4

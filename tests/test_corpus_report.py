@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "corpus_report.py"
+SCRIPT = Path(__file__).parents[1] / "tools" / "corpus_report.py"
 
 END = "\n<|endoftext|>\n"
 SONG_A = """[Zwrotka 1]
@@ -67,7 +67,7 @@ def no_network(monkeypatch):
     ("<|endoftext|>\nRaz\n<|endoftext|>\n", ["Raz"]),
     ("Raz\n<|endoftext|>\n<|endoftext|>\nDwa", ["Raz", "Dwa"]),
     ("Raz <|endoftext|>\nDwa", ["Raz <|endoftext|>\nDwa"]),
-    ("Raz\n <|endoftext|>\nDwa", ["Raz\n <|endoftext|>\nDwa"]),
+    ("Raz\n <|endoftext|>\t\nDwa", ["Raz", "Dwa"]),  # as the stages read it
     ("", []),
     ("\n<|endoftext|>\n \n", []),
 ])
@@ -390,3 +390,14 @@ def test_importing_does_nothing():
 def test_examples_in_docstrings_are_true():
     results = doctest.testmod(report)
     assert results.attempted >= 15 and results.failed == 0
+
+
+def test_decomposed_letters_are_counted_as_the_stages_count_them(tmp_path):
+    import gpt
+
+    path = tmp_path / "songs.txt"
+    path.write_text(unicodedata.normalize("NFD", SONG_A) + " <|endoftext|> \n" + SONG_B, encoding="utf-8")
+    text = report.read_corpus(str(path))
+    assert len(report.split_songs(text)) == 2 and "ż" in text
+    assert [song.strip("\n") for song in report.split_songs(text)] == [
+        song.strip("\n") for song in gpt.read_corpus(str(path)).split(gpt.END)]

@@ -1,15 +1,15 @@
 """Compares runs of the three stages on the same text: what each model costs, and how its text differs from the real one.
 
-    python benchmarks/compare_stages.py assets/char_model assets/tiktoken_model assets/hf_model
-    python benchmarks/compare_stages.py --run --input assets/input/input2.txt --minutes 3      # trains them all first
-    python benchmarks/compare_stages.py --run --polish FOLDER --hf MODEL     # with a Polish tokenizer, and with stage 3
+    python tools/compare_stages.py assets/char_model assets/tiktoken_model assets/hf_model
+    python tools/compare_stages.py --run --input assets/input/input2.txt --minutes 3   # trains them all first
+    python tools/compare_stages.py --run --polish FOLDER --hf MODEL    # with a Polish tokenizer, and stage 3
 
 Writes comparison.md and comparison.png to assets/results (--out), and in a folder for each run its metrics, plot and
 samples. Each run's best model writes 5 samples of 1,000 characters, kept in RUN_DIR/samples: as long as the run stays
 the same, a second call needs no model. --run trains each model in --runs/NAME for about --minutes of training steps
-(evaluations come on top), stages 1 and 2 for as many passes over the text at most as they make by default: a longer plan
-learns it by heart. It skips what is finished; stopped or killed, the same command goes on. Wants morfeusz2
-(requirements-dev.txt): without it, real words are left out.
+(evaluations come on top), stages 1 and 2 for at most as many passes over the text as they make by default: a longer
+plan memorizes it. It skips what is finished; stopped or killed, the same command continues. morfeusz2
+(requirements-dev.txt) tells real words; without it that measure is left out.
 """
 
 import argparse
@@ -184,12 +184,21 @@ def read_json(path: Path) -> dict:
         return {}
 
 
+def read_setup(folder: Path) -> dict:
+    """The options that a run was given, and its text's checksum; {} if the folder holds no run.
+
+    In a model folder of stage 3 config.json may be Hugging Face's own: then run.json is ours.
+    """
+    setups = (read_json(folder / name) for name in ("config.json", "run.json"))
+    return next((setup for setup in setups if {"options", "corpus_sha256"} <= setup.keys()), {})
+
+
 def read_run(folder: str) -> Run:
     """The run in a folder; one that is not there, or not finished, exits 2."""
     path = Path(folder)
-    metrics, setup = read_json(path / "metrics.json"), read_json(path / "run.json") or read_json(path / "config.json")
-    if metrics.get("stage") not in SCRIPTS or not {"options", "corpus_sha256"} <= setup.keys():
-        corpus.fail(f"{folder} holds no finished run (metrics.json beside config.json or run.json): train it, or name another")
+    metrics, setup = read_json(path / "metrics.json"), read_setup(path)
+    if metrics.get("stage") not in SCRIPTS or not setup:
+        corpus.fail(f"{folder} holds no finished run (metrics.json beside config.json): train it, or name another")
     metrics.setdefault("chars_per_second", metrics["tokens_per_second"] * metrics["chars_per_token"])
     metrics.setdefault("epochs", metrics["tokens_per_second"] * metrics["seconds"] / (  # stage 3 says it itself
         metrics["tokens_per_vocab_entry"] * metrics["vocab_size"]))
@@ -262,12 +271,8 @@ def plans(args) -> Iterator[SimpleNamespace]:
 
 
 def call(plan, **options) -> dict:
-    """The metrics that the script returns; a signal that stopped it ends this program, too."""
-    metrics = plan.script.main([*plan.options, *flags(**options)])
-    if "signal" in metrics:
-        print("the same command goes on from here")
-        raise SystemExit(128 + metrics["signal"])
-    return metrics
+    """The metrics that the script returns."""
+    return plan.script.main([*plan.options, *flags(**options)])
 
 
 def probe(plan) -> tuple[float, float]:
@@ -275,10 +280,12 @@ def probe(plan) -> tuple[float, float]:
 
     By a short run in a folder that is thrown away. Rows grow there, too: the mean of all but the first steps.
     """
-    short = dict(max_steps=3, num_samples=1) if plan.hf else dict(max_iters=60, eval_interval=4, eval_iters=1)
+    short = dict(max_iters=60, eval_interval=4, eval_iters=1, sample_interval=0)
+    if plan.hf:
+        short = dict(max_steps=3, num_samples=1)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        metrics = call(plan, **{plan.place: folder}, **short, max_new_tokens=1)
-        lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics = call(plan, **{plan.place: f"{folder}/run"}, **short, max_new_tokens=1)
+        lines = Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     before, last = (json.loads(lines[i]) for i in (-2 if plan.hf else 1, -1))
     seconds = (last["seconds"] - before["seconds"]) / (last["iter"] - before["iter"])
     if plan.hf:  # its --epochs limit it
@@ -288,13 +295,14 @@ def probe(plan) -> tuple[float, float]:
 
 
 def train(plan, minutes: float) -> list[str]:
-    """Train for about so many minutes, or go on with a run that was stopped. The folder; [] if the model can't be had here."""
-    metrics, setup = read_json(plan.folder / "metrics.json"), read_json(plan.folder / "config.json")
+    """Train for about that many minutes, or continue a run that was stopped. The folder; [] if the model can't be had here."""
+    metrics, options = read_json(plan.folder / "metrics.json"), read_setup(plan.folder).get("options", {})
+    started = bool(options) if plan.hf else (plan.folder / "model_last.pt").exists()
     try:
-        if "copy_rate" in metrics or metrics.get("iters", -1) >= setup.get("options", {}).get("max_iters", math.inf):
+        if "copy_rate" in metrics or metrics.get("iters", -1) >= options.get("max_iters", math.inf):
             print(f"{plan.name}: finished before", flush=True)  # stage 3 writes its copy rate when all is done
-        elif (plan.folder / ("run.json" if plan.hf else "model_last.pt")).exists():
-            print(f"{plan.name}: going on", flush=True)
+        elif started:
+            print(f"{plan.name}: continued", flush=True)
             call(plan, **{plan.place: plan.folder}, resume=True)
         else:
             seconds, most = probe(plan)
@@ -307,6 +315,7 @@ def train(plan, minutes: float) -> list[str]:
             call(plan, **{plan.place: plan.folder}, **limits)
     except SystemExit as end:
         if end.code != 2:
+            print("the same command continues from here", flush=True)
             raise
         print(f"{plan.name}: left out, for the reason above", flush=True)
         return []

@@ -1,14 +1,14 @@
 """Measures a corpus of songs: its size, its words, its rhymes, its repetitions, and what tokenizers make of it.
 
-    python benchmarks/corpus_report.py assets/input/input2.txt                                # any UTF-8 text
-    python benchmarks/corpus_report.py assets/input/input2.txt --reference poem.txt           # beside another text
-    python benchmarks/corpus_report.py assets/input/input2.txt --reference poem.txt --check   # exit 1 if a limit fails
+    python tools/corpus_report.py assets/input/input2.txt                                # any UTF-8 text
+    python tools/corpus_report.py assets/input/input2.txt --reference poem.txt           # beside another text
+    python tools/corpus_report.py assets/input/input2.txt --reference poem.txt --check   # exit 1 if a limit fails
 
 Takes seconds. Wants morfeusz2, tokenizers and tiktoken; a measure whose package is missing is left out and named.
 
-Songs are separated by a line that holds only `<|endoftext|>`; that separator with its line breaks counts as one
-character. A *line* is neither blank nor a section header in [brackets]; a *word* is a run of letters. The reference is
-cut at a line end to the length of the file, as most measures depend on how long a text is.
+Songs are separated by a line that holds only `<|endoftext|>` (spaces around it do not matter); that separator with its
+line breaks counts as one character. A *line* is neither blank nor a section header in [brackets]; a *word* is a run of
+letters. The reference is cut at a line end to the length of the file, as most measures depend on how long a text is.
 
 The rules of sound are no full phonetics: inside a word voiced and voiceless consonants stay as written (babka does not
 rhyme with łapka), so do ą and ę (kąt / front, robię / tobie), and digits are not read out. Sources:
@@ -46,13 +46,13 @@ RHYMING, SHARED, XZ = "rhyming lines, %", "longest line shared by songs, charact
 # --- text ---------------------------------------------------------------------------------------------------
 
 def fail(message: str) -> NoReturn:
-    """Says in one line what the user can mend, and exits with status 2."""
+    """Says in one line what the user can fix, and exits with status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def read_corpus(path: str) -> str:
-    """The text of a UTF-8 file, without byte order mark and with `\\n` line ends; a file that is no corpus exits 2."""
+    """The text of a UTF-8 file: composed (NFC), no byte order mark, `\\n` line ends. What is no corpus exits 2."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -63,7 +63,7 @@ def read_corpus(path: str) -> str:
         fail(f"{path} is not UTF-8 (byte {reason.start:,}): save it as UTF-8")
     if not any(words(line) for line in all_lines(text)):
         fail(f"{path} is {'empty' if not text.strip() else 'without a line of words'}: give a file with text in it")
-    return text
+    return unicodedata.normalize("NFC", text)
 
 
 def split_songs(text: str) -> list[str]:
@@ -71,7 +71,8 @@ def split_songs(text: str) -> list[str]:
     >>> split_songs("Raz\\n<|endoftext|>\\nDwa <|endoftext|>\\n")
     ['Raz', 'Dwa <|endoftext|>\\n']
     """
-    return [song for song in re.split(rf"\n?^{re.escape(END)}$\n?", text, flags=re.MULTILINE) if song.strip()]
+    songs = re.split(rf"\n?^[ \t]*{re.escape(END)}[ \t]*$\n?", text, flags=re.MULTILINE)
+    return [song for song in songs if song.strip()]
 
 
 def join_songs(songs: list[str]) -> str:
