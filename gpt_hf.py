@@ -1,11 +1,13 @@
 """Stage 3: a model that has read a lot of Polish learns the style of the lyrics.
 
-    python gpt_hf.py --input assets/input/input2.txt --epochs 3
+    python gpt_hf.py --input lyrics.txt     # two cores: 20 minutes a megabyte
     python gpt_hf.py --model_name FOLDER    # any causal model on this machine
-    python gpt_hf.py --freeze_layers 8 --batch_size 1  # small machine
+    python gpt_hf.py --freeze_layers 8 --batch_size 1    # small machine
     python gpt_hf.py --resume               # continue after Ctrl-C or a crash
     python gpt_hf.py --sample_only --prompt "Noc nad miastem"
     torchrun --nproc_per_node=2 gpt_hf.py   # several GPUs
+
+It leaves a model folder, OUTPUT_DIR/model, that transformers' from_pretrained loads.
 
 In a Colab cell:  import gpt_hf; gpt_hf.main(["--input", "lyrics.txt"])
 """
@@ -373,6 +375,7 @@ def sample_text(base: Pretrained, config: Config, number: int) -> str:
     When the context is full, its last half is kept and read again: no position beyond the limit is used.
     """
     device = base.model.device
+    base.model.generation_config = sampling_settings(config, base.end)
     torch.manual_seed(hash((config.seed, -1, number)))
     prompt = encode(config.prompt, base)[0] or [base.end]  # a song starts where another ends
     ids, seen = [], len(prompt)  # seen: how many of all tokens the model looks back at
@@ -806,7 +809,6 @@ def write_report(config: Config, history: list[dict], facts: dict, **copied) -> 
 
 def write_samples(base: Pretrained, config: Config, name: str) -> list[str]:
     """Write the texts to a file and to the screen, the same in both. Returns them without the prompt."""
-    base.model.generation_config = sampling_settings(config, base.end)
     path, texts = Path(config.output_dir, "output", name), []
     path.parent.mkdir(exist_ok=True)
     keep_previous(path)
