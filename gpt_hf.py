@@ -81,8 +81,8 @@ class Config:
     weight_decay: float = option(0.1, "decoupled weight decay")
     warmup: float = option(0.1, "linear warm-up: below 1 a share of the steps, else their number")
     patience: int = option(0, "stop after N epochs without a better validation loss (0: never)")
-    # the computer
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    # the computer
     device: str = option("auto", "auto: the first available", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "auto: the fastest", choices=("auto", "float32", "bfloat16", "float16"))
     # sampling
