@@ -7,7 +7,7 @@
     python gpt_hf.py --sample_only --prompt "Noc nad miastem"
     torchrun --nproc_per_node=2 gpt_hf.py   # several GPUs
 
-It leaves a model folder, OUTPUT_DIR/model, that transformers' from_pretrained loads.
+It leaves OUTPUT_DIR/model, a folder that transformers' from_pretrained loads.
 
 In a Colab cell:  import gpt_hf; gpt_hf.main(["--input", "lyrics.txt"])
 """
