@@ -1106,9 +1106,12 @@ def check_checkpoint(saved: dict):
     scaler = torch.amp.GradScaler("cpu", enabled=bool(saved["scaler"]))
     record = dict(iter=0, train_loss=0.0, val_loss=0.0, val_bpc=0.0, learning_rate=0.0, seconds=0.0)
     ours = make_checkpoint(config, tokenizer, model, optimizers, scaler, [record] * len(history), 1)
-    in_range = 0 <= history[-1]["iter"] <= config.max_iters and 0 < saved["context"] <= config.block_size
-    in_range = in_range and len(tokenizer.encode(tokenizer.start)) and is_finite(saved)
-    if form(saved) != form(ours | dict(corpus_sha256="")) or not in_range:
+    sane = [
+        form(saved) == form(ours | dict(corpus_sha256="")), is_finite(saved), len(history) > 0,
+        0 < saved["context"] <= config.block_size, len(tokenizer.encode(tokenizer.start)) > 0,
+        *(0 <= record["iter"] <= config.max_iters for record in history),
+        *(0 <= number < {int: 2**31, float: 1e30}[type(number)] for number in saved["scaler"].values())]
+    if not all(sane):
         raise ValueError
 
 
