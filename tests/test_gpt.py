@@ -1863,8 +1863,8 @@ def test_a_server_that_falls_silent_is_not_waited_for_forever(stage, monkeypatch
     monkeypatch.setattr(stage.urllib.request, "urlopen", impatient)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as web:
+        calls, place = [], f"http://127.0.0.1:{web.getsockname()[1]}/model.pt"  # calls: kept open
         threading.Thread(target=lambda: calls.append(web.accept()[0]) or calls[-1].sendall(answer), daemon=True).start()
-        calls, place = [], f"http://127.0.0.1:{web.getsockname()[1]}/model.pt"
         assert place in refused(stage, capsys, tiny(stage, load_url=place)) and tree() == before
 
 
@@ -2073,8 +2073,10 @@ def free_port():
 def test_two_processes_train_as_one_with_twice_the_batch(stage, float64):
     common = dict(dropout=0.0, max_iters=6, eval_interval=3, warmup_iters=0, sample_interval=3)
     metrics = stage.main(tiny(stage, **common, run_dir="one", batch_size=4))
-    Path("float64.py").write_text("import runpy, sys, torch\ntorch.set_default_dtype(torch.float64)\ndel sys.argv[0]\n"
-                                  "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    Path("float64.py").write_text(  # what the fixture does, in processes of their own
+        "import runpy, sys, torch\ntorch.set_default_dtype(torch.float64)\n"
+        "sys.modules[torch.optim.Adam.__module__]._get_scalar_dtype = lambda is_fused=None: torch.float32\n"
+        "del sys.argv[0]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
     done = python("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "float64.py",
                   stage.__file__, *tiny(stage, **common, run_dir="two", batch_size=2))
     assert done.returncode == 0, done.stderr.decode()
