@@ -890,7 +890,7 @@ def check_targets(config: Config):
         parent = next((parent for parent in path.parents if parent.exists()), path)
         if name == "run_dir":
             reason = "it is no folder of a run, or it holds the text or the current folder"
-            ours = all(re.match(r"output$|sample\.txt", part.name) for part in path.rglob("*")) or is_run(path)
+            ours = all(re.match(r"output$|sample\.txt|.*\.tmp$", part.name) for part in path.rglob("*")) or is_run(path)
             bad = path.exists() and not (path.is_dir() and ours)
             bad = bad or text.is_relative_to(path) or Path.cwd().is_relative_to(path)
         else:
