@@ -33,12 +33,32 @@ OTHER_SCRIPT = {
     "docstring": "each script says what it is for and how to run it",
     "": "a script's own sections",
 }
-TO_COME = "an issue to come makes them one"
-CONFIG = " ".join(f"Config.{name}" for name in """batch_size block_size device dtype input learning_rate max_new_tokens
-    num_samples patience prompt resume sample_only seed temperature top_k top_p weight_decay""".split())
-FINE_TUNING = f"""Config. {CONFIG} END IN_NOTEBOOK SEPARATOR Stop. evaluate keep_memory main make_config mixed_precision option
-    parse_args pick_device read_corpus run sample_text split_corpus write_samples""".split() + [
-        "if __name__ == '__main__':", "os.environ.setdefault('GOMP_SPINCOUNT', '1000')"]
+FINE_TUNING = OTHER_SCRIPT | {  # stage 3 trains a model that has read before, through transformers' Trainer
+    "STAGE, SCRIPT": "the stage's and the script's names",
+    "Config.seed": "the Trainer seeds NumPy, too, which takes 32 bits",
+    "Config.resume": "the Trainer's checkpoints are folders in OUTPUT_DIR",
+    "Config.sample_only": "the result is a folder that from_pretrained loads",
+    "Config.block_size": "the pre-trained model's context bounds it",
+    "Config.patience": "stage 3 evaluates once an epoch, and has few of them",
+    "Config.max_new_tokens": "stage 3 always ends a text with its song",
+    **dict.fromkeys(["Config.batch_size", "Config.learning_rate", "Config.weight_decay"],
+                    "a default for fine-tuning; in stages 1 and 2 the size or the recipe sets it"),
+    **dict.fromkeys(["Config.num_samples", "Config.temperature", "Config.top_k", "Config.top_p"],
+                    "a default for a model that has read before"),
+    "evaluate": "a model of transformers; every process takes a share; no figure per character if text is lost",
+    "sample_text": "transformers' generate, whole texts at a time",
+    "best_of": "stage 3 evaluates before training, too",
+    "inherit": "a run's options are in its config.json; there is no checkpoint of one file, no SHAPE",
+    "make_config": "stage 3 has no sizes and recipes: it counts the steps of its epochs",
+    "check_targets": "stage 3 writes in one folder, and must spare the model's",
+    "write_report": "a record an epoch, and the one before training to compare with",
+    "write_samples": "stage 3 writes before and after training, and measures what was copied",
+    "FAILURES": "safetensors has an error of its own",
+    "MEMORY": "the option is named like the Trainer's; the width is given",
+    "KNOWN": "safetensors' message of a full disk; nothing is compiled",
+    "make_facts": "the model is there already; some of it may be frozen",
+    "run": "a pre-trained model is loaded, the Trainer trains it, samples are written before and after",
+}
 COLLECTION = OTHER_SCRIPT | {
     "SEPARATOR": "stage 0 writes lines, so that their ends are no part of it",
     "Stop.": "stage 0 has a class of its own for failures",
@@ -58,11 +78,50 @@ EXEMPT = {  # what two scripts define and may write differently: pair -> name ->
         "SEPARATOR": "stage 2 needs the words inside it by themselves",
         "make_tokenizer": "characters here; tiktoken's, custom or Polish sub-words there",
     },
-    ("gpt", "gpt_hf"): OTHER_SCRIPT | dict.fromkeys(FINE_TUNING, TO_COME),
-    ("gpt_tiktoken", "gpt_hf"): OTHER_SCRIPT | dict.fromkeys(FINE_TUNING, TO_COME),
+    ("gpt", "gpt_hf"): FINE_TUNING,
+    ("gpt_tiktoken", "gpt_hf"): FINE_TUNING | {"SEPARATOR": "stage 2 needs the words inside it by themselves"},
     ("gpt", "data_collection"): COLLECTION,
     ("gpt_tiktoken", "data_collection"): COLLECTION,
-    ("gpt_hf", "data_collection"): COLLECTION | {"if __name__ == '__main__':": TO_COME},
+    ("gpt_hf", "data_collection"): COLLECTION,
+}
+FINE_TUNING_OWN = {  # what stages 1 and 2 have in these, and what stage 3 has; the rest is the same
+    "Config.": ("stage 3 has no sizes and recipes",
+                '    """Every option: its name, type, default and help. None: set by --size or --recipe."""',
+                '    """Every option: its name, type, default and help."""'),
+    "parse_args": ("stage 3 has no presets to list, and says which options have no effect", '''\
+    presets = [f"{name}: " + ", ".join(f"{option} {value}" for option, value in preset.items())
+               for name, preset in (SIZES | RECIPES).items()]
+        SCRIPT, description=__doc__, epilog="\\n".join(textwrap.fill(line, 79) for line in presets),
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        note = "" if f.default in ("", False) else f" (default: {f.default or 'by size or recipe'})"''', """\
+        SCRIPT, description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        note = "" if f.default in ("", False) else f" (default: {f.default})"
+    idle = given.keys() - SAMPLING
+    if "sample_only" in given and idle:
+        raise Stop(f"--{min(idle)} has no effect with --sample_only: leave one of them out")
+    if "revision" in given and os.path.isdir(given.get("model_name", "")):
+        raise Stop("--revision needs a --model_name of the Hub, not a folder: leave it out")"""),
+    "run_folder": ("other names of folders; the best checkpoint is in the run's own", """\
+    folder, best = Path(config.run_dir).resolve(), Path(config.save_path).resolve()
+        raise Stop(f"another process writes to --run_dir {config.run_dir}: wait, or choose another") from None
+        versions = dict(python=sys.version, torch=torch.__version__)
+        if best != folder / "model_best.pt":
+            best.parent.mkdir(parents=True, exist_ok=True)
+            keep_previous(best)
+            if config.resume:
+                with replacing(best) as file:
+                    file.write((folder / "model_best.pt").read_bytes())
+        if (folder / "model_last.pt").exists():
+            e.add_note("the last good checkpoint is kept; continue with: "
+                       f"python {SCRIPT} --resume --run_dir {config.run_dir!r}")""", """\
+    folder = Path(config.output_dir).resolve()
+        raise Stop(f"another process writes to --output_dir {config.output_dir}: "
+                   "wait, or choose another") from None
+        packages = "torch", "transformers", "datasets", "accelerate"
+        versions = {name: version(name) for name in packages}
+        if any(folder.glob("checkpoint-*/trainer_state.json")):
+            e.add_note("the last good checkpoint is kept")
+        e.add_note(f"continue with: python {SCRIPT} --resume --output_dir {config.output_dir!r}")"""),
 }
 OWN = {  # lines that one of two has alone, while the rest of the definition is the same: pair -> name -> reason, lines of each
     TWINS: {
@@ -77,6 +136,8 @@ OWN = {  # lines that one of two has alone, while the rest of the definition is 
         if RANK == 0:
             save_tokenizer(tokenizer, config)"""),
     },
+    ("gpt", "gpt_hf"): FINE_TUNING_OWN,
+    ("gpt_tiktoken", "gpt_hf"): FINE_TUNING_OWN,
 }
 ALONE = {"CharTokenizer": "stage 2 has BPETokenizer in its place"}  # what stage 1 has and stage 2 lacks
 
@@ -211,8 +272,8 @@ def functions(script):
 
 
 # How many functions and classes each script shares with each: one that is renamed on one side is no longer compared.
-SHARED = {TWINS: len(functions("gpt") - ALONE.keys()), ("gpt", "gpt_hf"): 15, ("gpt", "data_collection"): 3,
-          ("gpt_tiktoken", "gpt_hf"): 15, ("gpt_tiktoken", "data_collection"): 3, ("gpt_hf", "data_collection"): 3}
+SHARED = {TWINS: len(functions("gpt") - ALONE.keys()), ("gpt", "gpt_hf"): 29, ("gpt", "data_collection"): 3,
+          ("gpt_tiktoken", "gpt_hf"): 29, ("gpt_tiktoken", "data_collection"): 3, ("gpt_hf", "data_collection"): 3}
 every_pair = pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 
 
