@@ -95,19 +95,20 @@ def test_what_is_new_is_copied_to_drive_and_back(notebook, tmp_path):
     names = dict(os=os, Path=Path)
     exec(cell, names)
     here, drive = tmp_path / "here", tmp_path / "drive"
-    for name in ("char/model_last.pt", "char/model_last.pt.tmp", "hf/checkpoint-3/model.safetensors", "hf/model.safetensors",
-                 "char.previous-20250101-000000/model_best.pt", ".char.lock"):
+    for name in ("char/model_last.pt", "char/model_last.pt.tmp", "hf/checkpoint-3/model.safetensors",
+                 "hf/model.new/config.json", "hf/model/model.safetensors", "char.previous-20250101-000000/model_best.pt",
+                 ".char.lock"):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text("alt")
     names["copy_new"](here, drive)
     assert {path.relative_to(drive).as_posix() for path in drive.rglob("*.*") if path.is_file()} == {
-        "char/model_last.pt", "hf/model.safetensors"}
+        "char/model_last.pt", "hf/model/model.safetensors"}
     (here / "char/model_last.pt").write_text("neu")
     os.utime(here / "char/model_last.pt", (time.time() + 60, time.time() + 60))
-    (drive / "hf/model.safetensors").write_text("Drive's own")  # not older: it stays
+    (drive / "hf/model/model.safetensors").write_text("Drive's own")  # not older: it stays
     names["copy_new"](here, drive)
     assert (drive / "char/model_last.pt").read_text() == "neu"
-    assert (drive / "hf/model.safetensors").read_text() == "Drive's own"
+    assert (drive / "hf/model/model.safetensors").read_text() == "Drive's own"
     shutil.rmtree(here)
     names["copy_new"](drive, here)
     assert (here / "char/model_last.pt").read_text() == "neu"
