@@ -33,7 +33,7 @@ def worker(kind: str, folder: str, wanted: str, rows: int, length: int):
     cpu = torch.device("cpu")
     if kind == "ours":
         gpt_hf.keep_memory()
-        model, amp = gpt_hf.load_pretrained(folder, gpt_hf.Config(), cpu).model, gpt_hf.mixed_precision(wanted, cpu)
+        model, amp = gpt_hf.load_pretrained(folder, cpu).model, gpt_hf.mixed_precision(wanted, cpu)
     else:
         model, amp = transformers.AutoModelForCausalLM.from_pretrained(folder), torch.autocast("cpu", enabled=False)
     model.train()

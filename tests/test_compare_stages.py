@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import gpt
+import gpt_hf
 import gpt_tiktoken
 
 TINY = compare.flags(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=8, max_iters=40, eval_interval=20,
@@ -73,9 +74,9 @@ def error_of(capsys, argv):
 
 # --- measures -----------------------------------------------------------------------------------------------
 def test_the_examples_in_the_docstrings_are_true():
-    assert doctest.testmod(compare).attempted == 5
+    assert doctest.testmod(compare).attempted == 4
     assert doctest.testmod(compare).failed == 0
-    assert compare.song_words("Raz,\nDwa!") == [["raz", "dwa"]] and compare.flat("Raz, dwa") == " raz dwa "
+    assert compare.running_words("Raz,\nDwa!") == ["raz", "dwa"]
     assert compare.line_lengths("Szara noc") == ([3], [9])
     assert compare.excerpts("raz\ndwa\ntrzy\n", 2, 4) == ["raz\n", "dwa\n"]
     assert compare.flags(size="tiny", resume=True) == ["--size=tiny", "--resume"]
@@ -86,7 +87,7 @@ def test_measures_by_hand():
     # 6 lines of 16 and 8 words: "klałka", twice, is neither known nor a word; "deszcz" is only new.
     text = SONG.replace("Kot", "Deszcz") + "<|endoftext|>\nNoc nad blokiem\nNoc nad blokiem\nklałka, Klałka\n"
     measures = compare.measure(text, training)
-    assert [len(song) for song in compare.song_words(text)] == [16, 8]
+    assert [len(compare.running_words(song)) for song in corpus_report.split_songs(text)] == [16, 8]
     assert measures["unseen"] == pytest.approx(100 * 3 / 24) and measures["real"] == pytest.approx(100 * 22 / 24)
     assert measures["rhyming"] == pytest.approx(100 * corpus_report.rhyming_share(text))
     assert measures["distinct"] == pytest.approx(100 * 5 / 6)
@@ -99,11 +100,26 @@ def test_measures_by_hand():
 
 def test_a_copy_across_line_ends_and_case_counts_and_one_across_songs_does_not():
     training = "raz dwa trzy cztery\n<|endoftext|>\npięć sześć siedem osiem"
-    assert compare.copied_share("Raz; DWA\n\ntrzy", training, 2) == 1
-    assert compare.longest_copied_run("trzy cztery pięć sześć", training) == 2
-    assert compare.longest_copied_run("wa trzy", training) == 1  # "wa" is the end of a word, no word
-    assert compare.copied_share("raz dwa", training) == compare.copied_share("", training) == 0  # too short for a run of 8
-    assert compare.longest_copied_run("", training) == compare.unseen_words_share("!", training) == 0
+    assert compare.copied("Raz; DWA\n\ntrzy", training, 2) == (1, 3)
+    assert compare.copied("trzy cztery pięć sześć", training, 2) == (2 / 3, 2)
+    assert compare.copied("trzy cztery\n<|endoftext|>\npięć sześć", training, 2) == (1, 2)  # nor is there a run across ours
+    assert compare.copied("wa trzy", training) == (0, 1)  # "wa" is the end of a word, no word
+    assert compare.copied("raz dwa", training) == (0, 2) and compare.copied("", training) == (0, 0)  # too short for a run of 8
+    assert compare.unseen_words_share("!", training) == 0
+
+
+def test_the_copy_rate_is_that_of_stage_3_in_which_case_and_commas_do_not_count():
+    songs = hf_models.songs(12)
+    training = corpus_report.join_songs(songs)
+    assert "," in training and training != training.upper()
+    for text in (training.upper(), training.replace(",", ""), training.lower().replace(" ", ", "),
+                 training.replace("\n", ";\n")):
+        text = text.replace("<|ENDOFTEXT|>", "<|endoftext|>").replace("<|endoftext|>;", "<|endoftext|>")
+        rate, longest = compare.copied(text, training)
+        assert rate >= 0.95 and text != training
+        assert (rate, longest) == gpt_hf.copy_rate(corpus_report.split_songs(text), gpt_hf.END.join(songs))
+        assert compare.measure(text, training)["copied"] == 100 * rate
+    assert compare.copied(" ".join(reversed(training.split())), training)[0] < 0.05
 
 
 def test_wasserstein_is_the_mean_distance_of_sorted_values_and_a_distance():
@@ -287,12 +303,22 @@ def test_ctrl_c_ends_the_whole_comparison(capsys):
     assert stop.value.code == 130 and "the same command continues" in capsys.readouterr().out
 
 
-def test_a_stage_3_folder_may_name_its_options_in_either_file(tmp_path):
+def test_ctrl_c_while_stage_3_writes_samples_ends_the_comparison_too(runs, monkeypatch, capsys):
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "samples", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        compare.main(runs)
+    assert stop.value.code == 130 and capsys.readouterr().err == "stopped; the same command continues from here\n"
+
+
+def test_a_run_is_told_by_its_config_and_a_model_folder_is_none(tmp_path):
     setup = dict(options=dict(epochs=4), corpus_sha256="ab")
     assert compare.read_setup(tmp_path) == {}
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert compare.read_setup(tmp_path) == {}
-    (tmp_path / "run.json").write_text(json.dumps(setup))
+    (tmp_path / "config.json").write_text(json.dumps(setup))
     assert compare.read_setup(tmp_path) == setup
 
 
@@ -316,3 +342,30 @@ def test_stage_3_is_trained_with_a_budget_and_compared(made, runs, tmp_path, mon
     capsys.readouterr()
     compare.main(argv)
     assert "hf_short: finished before" in capsys.readouterr().out
+
+
+def test_stage_3_interrupted_ends_the_comparison_and_continues_within_its_budget(made, tmp_path, monkeypatch, capsys):
+    base = hf_models.save(tmp_path / "base", hf_models.gpt2())
+    monkeypatch.setattr(compare, "TRAINING", {})
+    monkeypatch.setattr(compare, "probe", lambda plan: (1.0, math.inf))
+    argv = ["--run", *compare.flags(input=made / "songs.txt", runs="runs", hf=base, minutes=5 / 60, out="out")]
+    plan = next(compare.plans(compare.parse_args(argv)))
+    plan.options.append("--max_new_tokens=5")
+    monkeypatch.setattr(compare, "plans", lambda args: [plan])
+    step = gpt_hf.ExactTrainer.training_step
+
+    def interrupted(trainer, *args):
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt_hf.ExactTrainer, "training_step", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            compare.main(argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 130 and err.startswith("stopped; ") and "the same command continues from here" in out
+    assert not Path("out/comparison.md").exists()
+    tuned, _ = compare.main(argv)
+    assert "hf_short: continued" in capsys.readouterr().out
+    assert tuned.values["iters"] == tuned.options["max_steps"] == 5  # not as many as the epochs have

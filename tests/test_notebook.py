@@ -82,6 +82,7 @@ def test_it_runs_top_to_bottom(executed):
     assert not [printed(cell) for cell in code if "error:" in printed(cell)]
     runs = folder / "assets" / "runs" / "input2"
     assert {path.name for path in runs.iterdir() if path.suffix != ".lock"} == {"char", "custom_300", "hf", "comparison"}
+    assert (runs / "hf/model/config.json").exists() and not [cell for cell in code if "finished before" in printed(cell)]
     pictures = [output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 5  # the losses of three stages, attention, the comparison
     report = (runs / "comparison" / "comparison.md").read_text(encoding="utf-8")
@@ -95,19 +96,20 @@ def test_what_is_new_is_copied_to_drive_and_back(notebook, tmp_path):
     names = dict(os=os, Path=Path)
     exec(cell, names)
     here, drive = tmp_path / "here", tmp_path / "drive"
-    for name in ("char/model_last.pt", "char/model_last.pt.tmp", "hf/checkpoint-3/model.safetensors", "hf/model.safetensors",
-                 "char.previous-20250101-000000/model_best.pt", ".char.lock"):
+    for name in ("char/model_last.pt", "char/model_last.pt.tmp", "hf/checkpoint-3/model.safetensors",
+                 "hf/model.new/config.json", "hf/model/model.safetensors", "char.previous-20250101-000000/model_best.pt",
+                 ".char.lock"):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text("alt")
     names["copy_new"](here, drive)
     assert {path.relative_to(drive).as_posix() for path in drive.rglob("*.*") if path.is_file()} == {
-        "char/model_last.pt", "hf/model.safetensors"}
+        "char/model_last.pt", "hf/model/model.safetensors"}
     (here / "char/model_last.pt").write_text("neu")
     os.utime(here / "char/model_last.pt", (time.time() + 60, time.time() + 60))
-    (drive / "hf/model.safetensors").write_text("Drive's own")  # not older: it stays
+    (drive / "hf/model/model.safetensors").write_text("Drive's own")  # not older: it stays
     names["copy_new"](here, drive)
     assert (drive / "char/model_last.pt").read_text() == "neu"
-    assert (drive / "hf/model.safetensors").read_text() == "Drive's own"
+    assert (drive / "hf/model/model.safetensors").read_text() == "Drive's own"
     shutil.rmtree(here)
     names["copy_new"](drive, here)
     assert (here / "char/model_last.pt").read_text() == "neu"

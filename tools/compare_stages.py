@@ -75,16 +75,9 @@ TRAINING = {  # what --run trains: name -> options of gpt.py or gpt_tiktoken.py
 
 # --- measures -----------------------------------------------------------------------------------------------
 @cache
-def song_words(text: str) -> list[list[str]]:
-    """The lower-cased words of each song, across its lines. Example: `song_words("Raz,\\nDwa!")` is `[["raz", "dwa"]]`."""
-    return [[word.lower() for line in corpus.song_lines(song) for word in corpus.words(line)]
-            for song in corpus.split_songs(text)]
-
-
-@cache
-def flat(text: str) -> str:
-    """The words between spaces, songs apart: to search for runs of words. Example: `flat("Raz, dwa")` is `" raz dwa "`."""
-    return "\n".join(f" {' '.join(song)} " for song in song_words(text))
+def running_words(text: str) -> list[str]:
+    """The lower-cased words of the lines, in their order. Example: `running_words("Raz,\\nDwa!")` is `["raz", "dwa"]`."""
+    return [word.lower() for line in corpus.all_lines(text) for word in corpus.words(line)]
 
 
 def unseen_words_share(text: str, training: str) -> float:
@@ -92,31 +85,20 @@ def unseen_words_share(text: str, training: str) -> float:
     >>> unseen_words_share("Noc nad klałkami, noc", "Noc minęła nad miastem")
     0.25
     """
-    seen, ours = set(flat(training).split()), flat(text).split()
+    seen, ours = set(running_words(training)), running_words(text)
     return sum(word not in seen for word in ours) / max(1, len(ours))
 
 
-def copied_share(text: str, training: str, length: int = RUN) -> float:
-    """The share (0 to 1) of runs of `length` words that stand in the training text, whatever case, marks and line ends.
-    Of three runs of two words, `szara noc` and `noc nad` are copied here, `nad wodą` is not:
-    >>> round(copied_share("Szara noc\\nnad wodą", "Była szara noc, nad miastem cisza", length=2), 3)
-    0.667
+def copied(text: str, training: str, length: int = RUN) -> tuple[float, int]:
+    """What stage 3 calls its copy rate: the share (0 to 1) of runs of `length` words that stand in the training text, 0 if
+    the text is too short for one; and the words in the longest run that does. Whatever case and marks; no run joins two
+    songs. Of three runs of two words, `szara noc` and `noc nad` are copied here, `nad wodą` is not:
+    >>> copied("Szara noc\\nnad wodą", "Była szara noc, nad miastem cisza", length=2)
+    (0.6666666666666666, 3)
     """
-    runs = [" ".join(song[i:i + length]) for song in song_words(text) for i in range(len(song) - length + 1)]
-    return sum(f" {run} " in flat(training) for run in runs) / max(1, len(runs))
-
-
-def longest_copied_run(text: str, training: str) -> int:
-    """The words of the longest run that stands in the training text, not across songs. Example:
-    >>> longest_copied_run("Szara noc\\nnad wodą", "Była szara noc, nad miastem cisza")
-    3
-    """
-    longest = 0
-    for song in song_words(text):
-        for i in range(len(song)):
-            while i + longest < len(song) and f" {' '.join(song[i:i + longest + 1])} " in flat(training):
-                longest += 1
-    return longest
+    import gpt_hf  # here, as it takes seconds to import
+    rate, longest = gpt_hf.copy_rate(corpus.split_songs(text), gpt_hf.END.join(corpus.split_songs(training)), length)
+    return rate or 0.0, longest
 
 
 def wasserstein(ours: list[int], theirs: list[int]) -> float:
@@ -141,11 +123,11 @@ def measure(text: str, training: str) -> dict[str, float | None]:
     """All measures of a text beside the training text, by their names in TEXTS; None for what can't be had here."""
     real = 100 * corpus.known_words_share(text) if importlib.util.find_spec("morfeusz2") else None
     (ours, our_chars), (theirs, their_chars) = line_lengths(text), line_lengths(training)
+    rate, longest = copied(text, training)
     return dict(
         real=real, unseen=100 * unseen_words_share(text, training), rhyming=100 * corpus.rhyming_share(text),
         syllables=wasserstein(ours, theirs), characters=wasserstein(our_chars, their_chars),
-        distinct=100 * corpus.distinct_share(corpus.all_lines(text)), copied=100 * copied_share(text, training),
-        longest=longest_copied_run(text, training))
+        distinct=100 * corpus.distinct_share(corpus.all_lines(text)), copied=100 * rate, longest=longest)
 
 
 def measure_samples(texts: list[str], training: str) -> tuple[dict, dict]:
@@ -187,10 +169,10 @@ def read_json(path: Path) -> dict:
 def read_setup(folder: Path) -> dict:
     """The options that a run was given, and its text's checksum; {} if the folder holds no run.
 
-    In a model folder of stage 3 config.json may be Hugging Face's own: then run.json is ours.
+    A model folder of Hugging Face has a config.json, too: another one.
     """
-    setups = (read_json(folder / name) for name in ("config.json", "run.json"))
-    return next((setup for setup in setups if {"options", "corpus_sha256"} <= setup.keys()), {})
+    setup = read_json(folder / "config.json")
+    return setup if {"options", "corpus_sha256"} <= setup.keys() else {}
 
 
 def read_run(folder: str) -> Run:
@@ -222,13 +204,12 @@ def write(run: Run) -> Iterator[str]:
     tokens += tokens // 2 if run.stage == "bpe" else 0  # a weak model writes shorter tokens than those of the training text
     if run.stage == "hf":
         config, songs = script.Config(output_dir=str(run.folder), max_new_tokens=tokens), itertools.count()
-        device = script.pick_device(config.device)
-        base, amp = script.load_pretrained(str(run.folder), config, device), script.mixed_precision(config.dtype, device)
+        base = script.find_pretrained(str(run.folder / "model"), script.pick_device(config.device))
     for number in range(SAMPLES):
         text = ""
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             while run.stage == "hf" and len(text) < LENGTH:
-                text += script.sample_text(base, config, amp, next(songs)) + SEPARATOR
+                text += script.sample_text(base, config, next(songs)) + SEPARATOR
             if run.stage != "hf":
                 output = Path(folder, "sample.txt")
                 script.main(["--sample_only", *flags(run_dir=run.folder, output=output, max_new_tokens=tokens, seed=number)])
@@ -303,7 +284,8 @@ def train(plan, minutes: float) -> list[str]:
             print(f"{plan.name}: finished before", flush=True)  # stage 3 writes its copy rate when all is done
         elif started:
             print(f"{plan.name}: continued", flush=True)
-            call(plan, **{plan.place: plan.folder}, resume=True)
+            limits = dict(max_steps=options["max_steps"]) if plan.hf else {}  # as --epochs would plan them anew
+            call(plan, **{plan.place: plan.folder}, resume=True, **limits)
         else:
             seconds, most = probe(plan)
             steps = max(1, int(60 * minutes / seconds))
@@ -477,6 +459,9 @@ def main(argv: list[str] | None = None) -> list[Run]:
         corpus.fail(f"{reason.filename}: {reason.strerror}; choose another --out")
     except tuple(sys.modules[name].Stop for name in SCRIPTS.values() if name in sys.modules) as reason:
         corpus.fail(reason.args[0])
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from here", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
