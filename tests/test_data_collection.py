@@ -749,7 +749,8 @@ def two_collectors(genius, times, songs):
 
 
 def test_two_collectors_leave_one_whole_corpus(genius):
-    assert two_collectors(genius, 3, 40)[1] >= 1
+    ends = two_collectors(genius, 3, 40)  # a quick machine may be done before the second starts
+    assert ends[1] + ends[2] == 3
 
 
 @pytest.mark.slow
