@@ -807,7 +807,7 @@ def check_checkpoint(saved: dict):
     config, tokenizer, history = Config(**saved["config"]), make_tokenizer({}, "", saved), saved["history"]
     with torch.device("meta"):  # shapes without memory
         model = GPTLanguageModel(config, tokenizer.vocab_size)
-        optimizers = make_optimizers(model, config)
+    optimizers = make_optimizers(model, config)
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
