@@ -573,14 +573,14 @@ def read_corpus(path: str) -> str:
         raise Stop(f"{path} is not a text file (it holds zero bytes): save it as UTF-8 text")
     text = unicodedata.normalize("NFC", text)  # ó as one character, not o and an accent
     pieces = re.split(r"^[ \t]*<\|endoftext\|>[ \t]*$", f"\n{text}\n", flags=re.MULTILINE)
-    songs = [piece[1:-1] for piece in pieces if piece.strip("\n")]  # each between two line breaks
-    text = END.join(songs)
+    text = END.join(piece[1:-1] for piece in pieces if piece.strip("\n"))  # each between line breaks
+    songs = text.count(END) + 1
     if not text.strip():
         raise Stop(f"{path} is empty: put lyrics in it")
-    rule = r"|^[-=*#_~]{3,}$" if len(songs) == 1 else ""  # inside songs such a line may be theirs
+    rule = r"|^[-=*#_~]{3,}$" if songs == 1 else ""  # inside songs such a line may be theirs
     mark = re.search(r"<\|?/?\w+\|?>" + rule, text, re.MULTILINE)
     if mark:
-        say(f"note: {mark[0]} in {path} is read as text, {len(songs)} song(s) in all; "
+        say(f"note: {mark[0]} in {path} is read as text, {songs} song(s) in all; "
             "a line that holds only <|endoftext|> separates two")
     return text
 
