@@ -55,15 +55,13 @@ CREATE TABLE song (id INTEGER PRIMARY KEY, title TEXT NOT NULL, url TEXT NOT NUL
     page INTEGER, new_page INTEGER,   -- of the list; of a list that is not whole yet
     state TEXT DEFAULT 'wanted' CHECK (state IN ('wanted', 'lyrics', 'none')),
     text TEXT,                        -- the lyrics, not cleaned; else why there are none
-    tries INTEGER DEFAULT 0, time TEXT);  -- how often, and when its page was asked for
+    time TEXT);                       -- when its page was last asked for
 CREATE TABLE written (sha256 TEXT PRIMARY KEY);  -- the files that were made from this database
 """
 INSERT_SONG = """INSERT INTO song (id, title, url, lyrics_state, primary_ids, new_page)
 VALUES (:id, :title, :url, :lyrics_state, :primary_ids, :page) ON CONFLICT (id) DO UPDATE SET
 state = iif(url = :url, state, 'wanted'), title = :title, url = :url, lyrics_state = :lyrics_state,
 primary_ids = :primary_ids, new_page = :page"""
-SELECT_SONG = "SELECT id, title, url, state, text, tries FROM song WHERE id = ?"
-UPDATE_SONG = "UPDATE song SET state = ?, text = ?, tries = tries + 1, time = datetime() WHERE id = ?"
 
 
 # --------------------------------------------------------------- what a server sends is checked here
@@ -73,25 +71,26 @@ def dicts(value):
 
 
 def checked(thing):
-    """Id and texts of an artist or a song, without those that are not what they should be."""
-    kept = {}  # what fits
+    """Id and texts of an artist or a song; 0 or "" for one that is not what it should be."""
+    thing = thing if isinstance(thing, dict) else {}
+    number = thing.get("id")
+    kept = {"id": number if type(number) is int and 0 < number < 2**53 else 0}  # True is no number here
     for key in ("name", "title", "url", "lyrics_state"):
         text = thing[key] if isinstance(thing.get(key), str) else ""
         text = "".join(c if c.isprintable() else " " * c.isspace() for c in text)  # no escapes
         kept[key] = " ".join(text.split())[:300]  # one line
-    if type(thing.get("id")) is int and 0 < thing["id"] < 2**53:  # True is no number here
-        kept["id"] = thing["id"]
-    return {key: value for key, value in kept.items() if value}
+    return kept
 
 
 def checked_song(entry):
     """An entry of the list as a row of the table; empty without id, title, address or artist."""
+    song = checked(entry)
     people = dicts(entry.get("primary_artists")) or dicts([entry.get("primary_artist")])
-    song = {"lyrics_state": "complete", "url": ""} | checked(entry)  # not told: the page will tell
+    song["primary_ids"] = " ".join(str(checked(person)["id"]) for person in people)
+    song["lyrics_state"] = song["lyrics_state"] or "complete"  # if it is not told, the page tells
     if entry.get("instrumental") is True:
         song["lyrics_state"] = "instrumental"
-    song["primary_ids"] = " ".join(str(checked(person).get("id", 0)) for person in people)
-    whole = people and song.keys() >= {"id", "title"}
+    whole = song["id"] and song["title"] and people
     return song if whole and song["url"].startswith("https://genius.com/") else {}
 
 
@@ -99,23 +98,21 @@ def checked_song(entry):
 def normalized(text: str) -> str:
     """A text without case, diacritics, punctuation, invisible marks: "O.S.T.R." -> "ostr"."""
     text = text.casefold().translate(str.maketrans("łøđı", "lodi"))  # these do not decompose
-    letters = unicodedata.normalize("NFKD", text)
-    kept = (c for c in letters if unicodedata.category(c)[0] not in "MPC")
+    kept = (c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c)[0] not in "MPC")
     return " ".join("".join(kept).split()) or text.strip()
 
 
 def find_artist(genius, args):
     """The artist with our id, or the one whose name is ours, normalized. Raises Stop with candidates."""
     if args.artist_id:
-        answer = dicts([genius.artist(args.artist_id).get("artist")])
-        return {"name": f"artist {args.artist_id}", **checked(*answer or [{}]), "id": args.artist_id}
+        name = checked(genius.artist(args.artist_id).get("artist"))["name"]
+        return {"id": args.artist_id, "name": name or f"artist {args.artist_id}"}
     found, matches, page, more = {}, [], 1, True  # found: id -> name, in Genius' order
     while more and not matches and page <= 10:  # the right one may stand behind others
         sections = dicts(genius.search_all(args.artist, per_page=5, page=page).get("sections"))
         hits = [hit for section in sections for hit in dicts(section.get("hits"))]
-        results = [hit.get("result") for hit in hits if hit.get("index") == "artist"]
-        whole = [artist for artist in map(checked, dicts(results)) if artist.keys() >= {"id", "name"}]
-        new = {artist["id"]: artist["name"] for artist in whole}
+        artists = [checked(hit.get("result")) for hit in hits if hit.get("index") == "artist"]
+        new = {artist["id"]: artist["name"] for artist in artists if artist["id"] and artist["name"]}
         found, page, more = found | new, page + 1, new.keys() - found.keys()
         matches = [i for i in found if normalized(found[i]) == normalized(args.artist)]
     if len(matches) == 1:  # never the first of several
@@ -167,9 +164,9 @@ def exclusion(song, artist, include_features: bool) -> str:
 
 
 def select(db, args):
-    """The ids of the songs to collect, by title, and what is left out, counted by reason."""
+    """The ids of the songs to collect, and what is left out, counted by reason."""
     artist = db.execute("SELECT * FROM artist").fetchone()
-    chosen, titles, excluded = [], set(), Counter({"odd entries": artist["odd_entries"]})
+    chosen, titles, excluded = set(), set(), Counter({"odd entries": artist["odd_entries"]})
     for song in db.execute("SELECT * FROM song WHERE page NOT NULL ORDER BY title, id"):
         title, is_version = re.subn(VERSION, "", song["title"])
         reason = exclusion(song, artist, args.include_features)
@@ -180,36 +177,35 @@ def select(db, args):
         if reason:
             excluded[reason] += 1
         else:
-            chosen.append(song["id"])
+            chosen.add(song["id"])
             titles.add(normalized(title))
     return chosen, +excluded
 
 
 def fetch_songs(genius, db, chosen):
     """Ask for the page of each chosen song that is still wanted. Raises Trouble if nothing comes."""
-    tries = dict(db.execute("SELECT id, tries FROM song WHERE state = 'wanted'").fetchall())
-    wanted = sorted((i for i in chosen if i in tries), key=tries.get)  # what failed comes last
+    found = db.execute("SELECT id, title, url FROM song WHERE state = 'wanted' ORDER BY time, title, id")
+    wanted = [song for song in found if song["id"] in chosen]  # what failed, at some time, comes last
     often = 0.1 if sys.stderr.isatty() or IN_NOTEBOOK else 30  # seconds between pictures of the bar
     failures = 0
-    for song_id in (bar := tqdm(wanted, unit="song", mininterval=often, dynamic_ncols=True)):
-        title, url = db.execute("SELECT title, url FROM song WHERE id = ?", [song_id]).fetchone()
-        bar.set_postfix_str(title[:40], refresh=False)
+    for song in (bar := tqdm(wanted, unit="song", mininterval=often, dynamic_ncols=True)):
+        bar.set_postfix_str(song["title"][:40], refresh=False)
+        url = song["url"].replace("https://genius.com/", genius.WEB_ROOT)
         try:
-            url = url.replace("https://genius.com/", genius.WEB_ROOT)
             (state, text), failures = read_page(genius._session.request("GET", url).text), 0
         except Trouble as trouble:
             state, text, failures = "wanted", str(trouble), failures + 1
         with db:  # one transaction a song
-            db.execute(UPDATE_SONG, [state, text, song_id])
+            db.execute("UPDATE song SET state = ?, text = ?, time = datetime() WHERE id = ?", [state, text, song["id"]])
         if failures == GIVE_UP:
             raise Trouble(f"{text}, {GIVE_UP} songs in a row: it seems that Genius blocks us")
 
 
 # ------------------------------------------------------------------------------------------- a page
-ELEMENT = re.compile(r"<(/?)([a-zA-Z][^\s<>/]*)([^<>]*)>|<[!?][^<>]*>")  # no page can slow it down
+ELEMENT = re.compile(r"<(/?)([a-zA-Z][^\s<>/]*+)([^<>]*+)>|<[!?][^<>]*+>")  # no page can slow it down
 LYRICS = re.compile(r"""data-lyrics-container\s*=\s*["']?true""")  # an attribute
 NOT_LYRICS = re.compile(r"""data-exclude-from-selection\s*=\s*["']?true|LyricsHeader""")
-BREAKS = {"br": "\n", "p": "\f"} | dict.fromkeys("div li h1 h2 h3 h4 h5 h6".split(), "\v")
+BREAKS = {"br": "\n", "p": "\n\n"} | dict.fromkeys("div li h1 h2 h3 h4 h5 h6".split(), "\v")
 STATE = r"(?s)window\.__PRELOADED_STATE__\s*=\s*JSON\.parse\('((?:[^'\\]|\\.)*+)'\)"
 
 
@@ -231,16 +227,16 @@ def lyrics_text(html: str) -> str:
         elif LYRICS.search(attributes):
             box, inside = name, 1
             parts.append("\v")
-    text = "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "ignore")  # whole characters
-    text = re.sub(r" ?([\n\v\f]) ?", r"\1", re.sub(" +", " ", text))
-    text = re.sub(r"[\n\v]*+\f[\n\v\f]*", "\n\n", text)  # \f, a paragraph: an empty line
-    return re.sub(r"(?<![\n\v])\v+", "\n", text).replace("\v", "").strip()  # \v: a new line
+    text = "".join(parts).encode("utf-8", "ignore").decode()  # no halves of characters
+    text = re.sub(r" ?([\n\v]) ?", r"\1", re.sub(" +", " ", text))
+    text = re.sub(r"(?<![\n\v])\v+", "\n", text).replace("\v", "")  # \v: on a line of its own
+    return re.sub("\n\n+", "\n\n", text).strip()
 
 
 def read_page(page: str):
     """("lyrics", the text) or ("none", why there are none). Raises Trouble if the page says neither."""
     with suppress(ValueError, OverflowError, TypeError, LookupError, AttributeError, RecursionError):
-        lyrics, words = lyrics_text(page), re.findall(r"LyricsPlaceholder[^<>]*>([^<]*)", page)
+        lyrics, words = lyrics_text(page), re.findall(r"LyricsPlaceholder[^<>]{0,200}>([^<]*)", page)
         if not lyrics and (state := re.search(STATE, page)):
             state = json.loads(lyricsgenius.utils.decode_js_string(state[1]))
             data = state["songPage"]["lyricsData"]
@@ -254,6 +250,18 @@ def read_page(page: str):
 
 
 # ----------------------------------------------------------------------------------------- cleaning
+LOOK_ALIKES = str.maketrans("АВЕІКМНОРСТУХаеіјкорсухΑΒΕΖΗΙΚΜΝΟΡΤΥΧανορυ", "ABEIKMHOPCTYXaeijkopcyxABEZHIKMNOPTYXavopu")
+
+
+def mend_word(match) -> str:
+    """Cyrillic and Greek look-alikes to Latin in a word whose other letters, at least half, are Latin."""
+    word = match[0].translate(LOOK_ALIKES)
+    mended = sum(map(str.__ne__, word, match[0]))
+    names = (unicodedata.name(c, "") for c in word if not unicodedata.combining(c))
+    fits = 0 < 2 * mended <= len(word) and all(name.startswith("LATIN") for name in names)
+    return word if fits else match[0]
+
+
 SECTION = r"(?i:zwrotk|refren|ref\b|intro|outro|verse|chorus|hook|pre-|bridge|interlud|skit|część|part\b|cuty|tekst)"
 MARKS = "\u0300-\u036f\u0483-\u0489\u0591-\u05c7\u0610-\u065f\u0e31-\u0e4e\u1dc0-\u1dff\u20d0-\u20ff"
 RULES = {  # name -> (pattern, replacement), in this order; the time of each grows with the text only
@@ -261,52 +269,35 @@ RULES = {  # name -> (pattern, replacement), in this order; the time of each gro
     # control characters, soft hyphens, zero-width and bidi marks, lone surrogates
     "invisible marks": (r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f"
                         r"\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff]", ""),
-    "typographic spaces": (r"[^\S\n ]", " "),  # tabs, no-break, thin, em... spaces
-    "spaces": (r"  +", " "),
-    "ends of lines": (r"(?m)^ +| +$", ""),
+    "spaces": (r"[^\S\n]+", " "),  # several; tabs, no-break, thin, em... spaces
+    "ends of lines": (r"(?m)^ | $", ""),
     "empty lines": (r"\A\n+|(?<=\n\n)\n+|\n+\Z", ""),
     "stacked marks": (f"(?<=[{MARKS}]{{4}})[{MARKS}]+", ""),  # to order n takes n * n steps
     # "12 ContributorsTranslationsEnglishTitle Lyrics", a description that ends in "... Read More"
-    "contributor counts": (r"\A\s*\d[\d.,]* Contributors?"
-                           r"([^\n]{0,300}? Lyrics((?s:.{0,5000}?)(…|\.{3}) ?Read More)?)?", ""),
+    "contributor counts": (r"\A\s*\d[\d.,]* Contributors?([^\n]{0,300}? Lyrics((?s:.{0,5000}?)(…|\.{3}) ?Read More)?)?", ""),
     # "See Somebody LiveGet tickets as low as $45"
     "adverts": (r"(?:See (?:(?!See )[^\n]){1,80}? Live)?Get tickets as low as "
                 r"(?:[^\w\s]|[A-Z]{2,3}\$?)? ?\d+(?:[.,]\d+)*", "\n"),
     # alone on its line or glued between two lines; "You might also like me" is somebody's line
     "You might also like": (r"(?m)(?:^\d*|(?<=\S))You might also like(?= ?$|[A-ZĄĆĘŁŃÓŚŹŻ0-9\[(\"„“])", "\n"),
     # at the end, with the number of embeds; a number after a space may be the song's own and stays
-    "Embed": (r"(?m)(?:^\d*|(?<=[^\s\d])\d+|(?<=\S))(?:(?<=\d)(?:\.\d+)?K)?"
-              r"Embed(Share URLCopyEmbedCopy)?\s*\Z", ""),
+    "Embed": (r"(?m)(?:^\d*|(?<=[^\s\d])\d+|(?<=\S))(?:(?<=\d)(?:\.\d+)?K)?Embed(Share URLCopyEmbedCopy)?\s*\Z", ""),
     # [anything] alone on a line; [section ...] anywhere, over line breaks too, or never closed
     "section headers": (r"(?m)^\[(?:[^\[\]\n]|\[[^\[\]\n]*\])*\] ?:? ?$|"
                         rf"\[{SECTION}(?:(?!\n\n)[^\[\]]){{0,100}}\] ?:?|^\[{SECTION}[^\[\]\n]{{0,60}}$", "\n\n"),
     "separators": (rf"(?m)^ ?{re.escape(SEPARATOR)} ?$", ""),  # a line that would end the song
+    "composed letters (NFC)": (r"(?s).+", lambda match: unicodedata.normalize("NFC", match[0])),
+    "look-alikes": (r"(?:[^\W\d_]|[\u0300-\u036f])+", mend_word),
 }  # fmt: skip
-LOOK_ALIKES = str.maketrans("АВЕІКМНОРСТУХаеіјкорсухΑΒΕΖΗΙΚΜΝΟΡΤΥΧανορυ", "ABEIKMHOPCTYXaeijkopcyxABEZHIKMNOPTYXavopu")
-
-
-def mend_word(match) -> str:
-    """Cyrillic and Greek look-alikes to Latin in a word whose other letters, at least half, are Latin."""
-    word = match[0].translate(LOOK_ALIKES)
-    if word == match[0] or 2 * sum(map(str.__ne__, word, match[0])) > len(word):
-        return match[0]
-    names = (unicodedata.name(c, "") for c in word if not unicodedata.combining(c))
-    return word if all(name.startswith("LATIN") for name in names) else match[0]
-
-
 def clean(text: str, keep_headers: bool = False):
-    """Lyrics as a person wrote them, and how often each rule applied. Again, it changes nothing."""
+    """Lyrics as a person wrote them, and the characters less by each rule. Again, it changes nothing."""
     fixed = Counter()
     for _ in range(20):  # one rule may uncover work for another; what needs more is no lyric
         before = text
-        for name, (pattern, replacement) in RULES.items():  # in this order
+        for name, (pattern, replacement) in RULES.items():
             if not (keep_headers and name == "section headers"):
-                text, count = re.subn(pattern, replacement, text)
-                fixed[name] += count
-        composed = unicodedata.normalize("NFC", text)
-        fixed["composed letters (NFC)"] += max(len(text) - len(composed), text != composed)
-        text = re.sub(r"(?:[^\W\d_]|[\u0300-\u036f])+", mend_word, composed)
-        fixed["look-alikes"] += sum(map(str.__ne__, text, composed))
+                old, text = text, re.sub(pattern, replacement, text)
+                fixed[name] += max(len(old) - len(text), old != text)  # at least one
         if text == before:
             break
     return text, +fixed
@@ -316,24 +307,25 @@ def clean(text: str, keep_headers: bool = False):
 def build(db, args):
     """The corpus, its songs in the order of their ids, and the report on it."""
     chosen, excluded = select(db, args)
-    corpus, texts, fixed, failed = [], {}, Counter(), []
+    corpus, texts, fixed, failed = [], set(), Counter(), []
     for song_id in sorted(chosen):  # whatever order they came in
-        song = db.execute(SELECT_SONG, [song_id]).fetchone()
+        query = "SELECT id, title, url, state, text, time FROM song WHERE id = ?"
+        song = db.execute(query, [song_id]).fetchone()
         text, counts = clean(song["text"] if song["state"] == "lyrics" else "", args.keep_headers)
         plain = normalized(text)
         if song["state"] == "wanted":
             excluded["not fetched"] += 1
-            failed += [dict(song)] * bool(song["tries"])  # with what went wrong
+            failed += [dict(song)] if song["time"] else []  # with what went wrong
         elif plain in ("", "instrumental", "this song is an instrumental"):
             excluded["instrumentals" if "instrumental" in song["text"].lower() else "no lyrics"] += 1
-        elif texts.setdefault(plain, song_id) != song_id:  # the same but for case and punctuation
+        elif plain in texts:  # the same but for case and punctuation
             excluded["repeated songs"] += 1
         else:
+            texts.add(plain)
             corpus.append(text)  # in memory: a megabyte for 500 songs
             fixed += counts
-    text = f"\n{SEPARATOR}\n".join(corpus) + "\n"
-    counts = {"songs": len(corpus), "characters": len(text), "excluded": excluded, "fixed": fixed}
-    return text, counts | {"failed": failed}
+    text, songs = f"\n{SEPARATOR}\n".join(corpus) + "\n", len(corpus)
+    return text, dict(songs=songs, characters=len(text), excluded=excluded, fixed=fixed, failed=failed)
 
 
 def collect(args):
@@ -356,12 +348,10 @@ def collect(args):
         write(db, args.report, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
         with db:  # after a whole run the next one looks for new songs
             db.execute("UPDATE artist SET next_page = 1 WHERE ?", [bool(genius and not stopped)])
-    if (FOLDER / ".genius").is_dir():  # it is left as it is
-        print(f"{FOLDER / '.genius'} holds songs of an earlier version: they are no longer read")
     print(f"{name}: {report['songs']:,} songs, {len(corpus):,} characters -> {args.output}")
-    for kind in ("excluded", "fixed"):
+    for kind, unit in (("excluded", "songs"), ("fixed", "characters")):
         for why, count in report[kind].items():
-            print(f"  {kind:8} {count:8,}  {why}")
+            print(f"  {kind:8} {count:8,} {unit}: {why}")
     for song in report["failed"][:20]:
         print(f"  lost: {song['title']}: {song['text']} ({song['url']})")
     print(f"next: python gpt.py --input {shlex.quote(str(args.output))}")
@@ -381,22 +371,21 @@ REFUSED = "Genius refuses (HTTP 403), as it does many data centres: another comp
 class PoliteSession(requests.Session):
     """Keeps a distance between requests, repeats them after faults, lets sound answers through."""
 
-    delay, ready_at, patience = 0.0, 0.0, HOUR
+    delay, patience = 0.0, HOUR
 
     def request(self, method, url, **kwargs):
         """As in requests, or raises Trouble or Stop, which repeat nothing of what was sent."""
         is_page = "params" not in kwargs  # lyricsgenius asks for JSON, and with parameters
+        kwargs |= {"timeout": TIMEOUT, "stream": True}  # read no more than LARGEST
         for backoff in (*(BACKOFF * 2**i for i in range(RETRIES)), 0):
-            time.sleep(max(0.0, self.ready_at - time.monotonic()))
+            time.sleep(self.delay)
             asked = ""
             try:
-                kwargs |= {"timeout": TIMEOUT, "stream": True}  # read no more than LARGEST
                 with super().request(method, url, **kwargs) as response:
                     asked = response.headers.get("Retry-After", "")
                     problem = self.fault(response, is_page)
             except (requests.RequestException, ValueError, RecursionError) as error:
                 problem = type(error).__name__
-            self.ready_at = time.monotonic() + self.delay
             if not problem:
                 self.patience = HOUR  # a good answer starts it anew
                 return response
@@ -409,13 +398,11 @@ class PoliteSession(requests.Session):
         with suppress(ValueError, OverflowError, TypeError, IndexError):  # a number or a date
             number = float(asked) if asked.isdecimal() else 0.0
             seconds = max(seconds, number or parsedate_to_datetime(asked).timestamp() - time.time())
-        seconds = min(seconds, self.patience)
+        seconds = round(min(seconds, self.patience))
         self.patience -= seconds
-        while seconds > 0:
-            if seconds >= 5:
-                tqdm.write(f"{problem}: waiting {seconds:.0f} s", file=sys.stderr)
-            time.sleep(min(seconds, 60))
-            seconds -= 60
+        for left in range(seconds, 0, -60):
+            tqdm.write(f"{problem}: waiting {left} s", file=sys.stderr)
+            time.sleep(min(left, 60))
 
     def fault(self, response, is_page):
         """What is wrong with an answer but may pass, or "". Raises Stop, Trouble if it will not."""
@@ -479,8 +466,7 @@ def write(db, path, text):
             file.flush()
             os.fsync(file.fileno())  # a kill leaves the old file or the new one
         with db:
-            new = hashlib.sha256(data).hexdigest()
-            db.execute("INSERT OR IGNORE INTO written VALUES (?)", [new])
+            db.execute("INSERT OR IGNORE INTO written VALUES (?)", [hashlib.sha256(data).hexdigest()])
         old = hashlib.sha256(path.read_bytes() if path.exists() else data).hexdigest()
         if not db.execute("SELECT 1 FROM written WHERE sha256 = ?", [old]).fetchone():
             aside = path.rename(f"{path}.previous-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -520,8 +506,7 @@ def parse_args(argv):
     def refuse(message):
         """Name the option, if there is one."""
         name = re.findall("--[a-z_]+", message)[:1] or ["a word"]
-        hint = f"a token would stay in the shell's history: {TOKEN_HELP}"
-        raise Stop(f"{name[0]} does not fit, see --help; {hint}")
+        raise Stop(f"{name[0]} does not fit, see --help; a token would stay in the shell's history: {TOKEN_HELP}")
 
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.error, add = refuse, parser.add_argument
@@ -566,8 +551,7 @@ def main(argv=None):
             stream.reconfigure(errors="replace")
     if argv is None:  # a notebook's kernel was started with arguments of its own
         argv = [] if "kernel" in Path(sys.argv[0]).name else sys.argv[1:]
-    again = f"python data_collection.py {shlex.join(map(str, argv))}"
-    kept = f"what was fetched is kept; continue with: {again}"
+    kept = f"what was fetched is kept; continue with: python data_collection.py {shlex.join(map(str, argv))}"
     report, status = {}, 1  # of trouble
     try:
         report = collect(parse_args(argv))

@@ -247,7 +247,7 @@ def test_versions_all_or_first_and_max_songs(genius):
 def test_a_song_cannot_end_itself(genius):
     genius.add_song(7, 1, lyrics="Początek\n<|endoftext|>\nKoniec <|endoftext|> naprawdę")
     report = run()
-    assert corpus() == ["Początek\n\nKoniec <|endoftext|> naprawdę"] and report["fixed"]["separators"] == 1
+    assert corpus() == ["Początek\n\nKoniec <|endoftext|> naprawdę"] and report["fixed"]["separators"] == len("<|endoftext|>")
 
 
 # ---------- Faults ----------
