@@ -159,8 +159,7 @@ def exclusion(song, artist, include_features: bool) -> str:
             return reason
     if song["lyrics_state"] != "complete":  # nothing to ask for
         return "instrumentals" if song["lyrics_state"] == "instrumental" else "lyrics not complete"
-    ours = str(artist["id"]) in song["primary_ids"].split()
-    return "" if ours or include_features else "features"
+    return "" if include_features or str(artist["id"]) in song["primary_ids"].split() else "features"
 
 
 def select(db, args):
@@ -309,8 +308,7 @@ def build(db, args):
     chosen, excluded = select(db, args)
     corpus, texts, fixed, failed = [], set(), Counter(), []
     for song_id in sorted(chosen):  # whatever order they came in
-        query = "SELECT id, title, url, state, text, time FROM song WHERE id = ?"
-        song = db.execute(query, [song_id]).fetchone()
+        song = db.execute("SELECT id, title, url, state, text, time FROM song WHERE id = ?", [song_id]).fetchone()
         text, counts = clean(song["text"] if song["state"] == "lyrics" else "", args.keep_headers)
         plain = normalized(text)
         if song["state"] == "wanted":
@@ -338,22 +336,21 @@ def collect(args):
                 fetch_songs(genius, db, select(db, args)[0])
         except Trouble as trouble:  # what is there becomes a corpus all the same
             stopped = str(trouble)
+        artist = db.execute("SELECT id AS artist_id, name AS artist FROM artist").fetchone()
         corpus, report = build(db, args)
+        report |= {**artist, "output": str(args.output), "stopped": stopped}
+        for kind, unit in (("excluded", "songs"), ("fixed", "characters")):
+            for why, count in report[kind].items():
+                print(f"  {kind:8} {count:8,} {unit}: {why}")
+        for song in report["failed"][:20]:
+            print(f"  lost: {song['title']}: {song['text']} ({song['url']})")
         if not report["songs"]:
-            problems = [song["text"] for song in report["failed"]] or [dict(report["excluded"])]
-            raise Trouble(f"there is no song to write: {stopped or problems[0]}")
-        report["artist_id"], name = db.execute("SELECT id, name FROM artist").fetchone()
-        report |= {"artist": name, "output": str(args.output), "stopped": stopped}
+            raise Trouble(f"there is no song to write: {stopped or 'see above'}")
         write(db, args.output, corpus)
         write(db, args.report, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
         with db:  # after a whole run the next one looks for new songs
             db.execute("UPDATE artist SET next_page = 1 WHERE ?", [bool(genius and not stopped)])
-    print(f"{name}: {report['songs']:,} songs, {len(corpus):,} characters -> {args.output}")
-    for kind, unit in (("excluded", "songs"), ("fixed", "characters")):
-        for why, count in report[kind].items():
-            print(f"  {kind:8} {count:8,} {unit}: {why}")
-    for song in report["failed"][:20]:
-        print(f"  lost: {song['title']}: {song['text']} ({song['url']})")
+    print(f"{report['artist']}: {report['songs']:,} songs, {len(corpus):,} characters -> {args.output}")
     print(f"next: python gpt.py --input {shlex.quote(str(args.output))}")
     return report
 
@@ -377,7 +374,7 @@ class PoliteSession(requests.Session):
         """As in requests, or raises Trouble or Stop, which repeat nothing of what was sent."""
         is_page = "params" not in kwargs  # lyricsgenius asks for JSON, and with parameters
         kwargs |= {"timeout": TIMEOUT, "stream": True}  # read no more than LARGEST
-        for backoff in (*(BACKOFF * 2**i for i in range(RETRIES)), 0):
+        for seconds in (*(BACKOFF * 2**i for i in range(RETRIES)), 0):
             time.sleep(self.delay)
             asked = ""
             try:
@@ -389,20 +386,15 @@ class PoliteSession(requests.Session):
             if not problem:
                 self.patience = HOUR  # a good answer starts it anew
                 return response
-            if backoff:
-                self.wait(backoff, asked, problem)
+            with suppress(ValueError, OverflowError, TypeError, IndexError):  # a number or a date
+                number = float(asked) if asked.isdecimal() else 0.0
+                seconds = max(seconds, number or parsedate_to_datetime(asked).timestamp() - time.time())
+            seconds = round(min(seconds, self.patience))
+            self.patience -= seconds
+            for left in range(seconds, 0, -60):  # told every minute
+                tqdm.write(f"{problem}: waiting {left} s", file=sys.stderr)
+                time.sleep(min(left, 60))
         raise Trouble(f"no good answer from Genius ({problem}, {RETRIES + 1} times)")
-
-    def wait(self, seconds, asked, problem):
-        """Sleep for so long, or as long as a Retry-After header asks; tell it every minute."""
-        with suppress(ValueError, OverflowError, TypeError, IndexError):  # a number or a date
-            number = float(asked) if asked.isdecimal() else 0.0
-            seconds = max(seconds, number or parsedate_to_datetime(asked).timestamp() - time.time())
-        seconds = round(min(seconds, self.patience))
-        self.patience -= seconds
-        for left in range(seconds, 0, -60):
-            tqdm.write(f"{problem}: waiting {left} s", file=sys.stderr)
-            time.sleep(min(left, 60))
 
     def fault(self, response, is_page):
         """What is wrong with an answer but may pass, or "". Raises Stop, Trouble if it will not."""
