@@ -15,6 +15,7 @@ import pytest
 import tokenizer_files
 import torch
 from compare_stages import flags
+from conftest import make_device
 from tokenizer_files import END_TEXT, babble
 
 import gpt_tiktoken
@@ -208,7 +209,8 @@ def test_only_an_earlier_export_gives_way(run, capsys):
     Path("mine/thesis.txt").write_text("mine")
     Path("hf").mkdir()
     shutil.copy(run / "config.json", "hf")  # a model folder, but none of ours
-    for target in ("mine", "hf", "songs.txt", "run", ".", "..", "/dev/null"):
+    make_device("device")
+    for target in ("mine", "hf", "songs.txt", "run", ".", "..", "device"):
         assert "choose another" in error_of(capsys, "run", target), target
     export_hf.main(["run", "out"])
     Path("out/deeper").mkdir()

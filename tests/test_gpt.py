@@ -17,7 +17,6 @@ import shlex
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -33,6 +32,7 @@ import processes
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -1277,21 +1277,13 @@ def test_the_best_model_is_copied_to_save_path_each_time(stage):
     assert Path("copy.pt").read_bytes() == Path("run/model_best.pt").read_bytes()
 
 
-def device(path):
-    """A device node like /dev/null. The real one only where nobody may rename it: a faulty script run by root did."""
-    try:
-        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
-    except PermissionError:
-        Path(path).symlink_to("/dev/null")
-
-
 def other_files():
     """What stands around, besides the text and the finished run: another run, and things that are no files."""
     shutil.copytree("run", "other")
     Path("other/tokenizer.json").write_text("{}")
     Path("folder").mkdir()
     os.mkfifo("fifo")
-    device("device")
+    make_device("device")
     Path("link").symlink_to("songs.txt")
 
 
@@ -1339,7 +1331,7 @@ def test_a_folder_that_is_no_runs_is_refused_as_run_dir(stage, capsys, monkeypat
     Path("config/config.json").write_text('{"editor": "mine"}')
     Path("list/config.json").write_text("[1]")
     os.mkfifo("fifo")
-    device("device")
+    make_device("device")
     Path("texts/output").mkdir(parents=True)  # a run's folder, but for the text in it
     shutil.copy("songs.txt", "texts/output/sample.txt")
     before = tree()
