@@ -802,25 +802,24 @@ def two_collectors(genius, times, songs):
 
 
 def test_a_second_collector_ends_with_one_line_whatever_the_moment(genius, monkeypatch):
-    monkeypatch.setattr(dc, "TIMEOUT", 60)
-    seen, busy = [], []
+    answer, seen = fake_genius._Handler.answer, {}
 
-    def start_another(path, number):
-        if not busy and ("/songs?" in path or "/web/" in path):  # from the first page of the list to the last song
-            busy.append(True)  # what another one asks for starts no further one
+    def start_another(self, path, query):
+        if path not in seen and "search" not in path:  # at the list, then at each song
+            seen[path] = ()
             child = process(genius)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(20)
             child.kill()
-            seen.append((child.communicate()[1].decode(), child.returncode))
-            busy.clear()
-        return ""
+            seen[path] = child.communicate()[1].decode(), child.returncode
+        return answer(self, path, query)
 
     for i in range(1, 4):
         genius.add_song(7, i)
-    genius.fault = start_another
+    monkeypatch.setattr(dc, "TIMEOUT", 60)
+    monkeypatch.setattr(fake_genius._Handler, "answer", start_another)
     assert run()["songs"] == 3 and len(seen) == 4
-    for text, status in seen:
+    for text, status in seen.values():
         assert status == 2 and text.count("error: ") == 1 and "tede.sqlite: another collector uses it" in text
 
 
