@@ -63,11 +63,11 @@ SIZES = {
                  max_iters=5000, eval_interval=100, sample_interval=500),
 }
 RECIPES = {
-    "modern": dict(learning_rate=5e-3, weight_decay=0.1, grad_clip=1.0, warmup_iters=20),
+    "modern": dict(recall="2,4,8", learning_rate=5e-3, weight_decay=0.1, grad_clip=1.0, warmup_iters=20),
     "classic": dict(learning_rate=3e-4, weight_decay=0.1, grad_clip=0.0, warmup_iters=0, grow=0),
 }
 EPOCHS = 12  # modern reads the text at most this often by default; after that it begins to memorize
-SHAPE = ("recipe", "n_layer", "n_head", "n_embd", "block_size",  # what the weights depend on
+SHAPE = ("recipe", "n_layer", "n_head", "n_embd", "block_size", "recall",  # what the weights depend on
          "tokenizer", "encoding", "vocab_size", "prune_vocab")
 # Said by the command line alone, never by a loaded file: above all where a run writes.
 UNINHERITED = {"run_dir", "save_path", "output", "load_url", "sample_only", "tokenizer_path"}
@@ -109,6 +109,7 @@ class Config:
     n_head: int = option(None, "attention heads in a block", 1)
     n_embd: int = option(None, "width: numbers that represent one position", 1, 2**16)
     block_size: int = option(None, "context: how many tokens the model sees", 2)
+    recall: str = option("", "show what followed the last N tokens before, for each N (\"\": do not)")
     dropout: float = option(None, "share of activations zeroed in training", 0, 0.99)
     grow: int = option(None, "start with short rows that double in length this many times", 0, 10)
     # training
@@ -229,7 +230,7 @@ class BPETokenizer:
         bounds = itertools.pairwise(itertools.chain([0], cuts, [len(text)]))
         lines, parts = (text[start:end] for start, end in bounds), []
         end = self.core.token_to_id(END_TEXT)
-        small = torch.uint16 if self.vocab_size <= 2**16 else torch.int32
+        small = torch.uint16 if self.vocab_size < 2**16 else torch.int32
         while batch := list(itertools.islice(lines, 10_000)):  # not all at once, to save memory
             ids = []
             songs = [line.removeprefix(END) for line in batch]  # a line may begin a song
@@ -250,9 +251,9 @@ class BPETokenizer:
         decoder = codecs.getincrementaldecoder("utf-8")("ignore")
         return (decoder.decode(self.pieces[i]) for i in ids)
 
-    def count_chars(self, ids: torch.Tensor) -> int:
-        """How many characters the tokens stand for."""
-        return self.chars[ids.long()].sum().item()
+    def count_chars(self, ids: torch.Tensor) -> torch.Tensor:
+        """How many characters each token stands for. Shape in and out: (n,)."""
+        return self.chars[ids.long()]
 
     def describe(self, text: str, ids: torch.Tensor) -> dict:
         """What the vocabulary makes of the training text. Density: how often an entry is seen."""
@@ -311,6 +312,56 @@ def split_corpus(text: str) -> tuple[str, str]:
             target = min(cuts, key=lambda cut: abs(cut - target))
             break
     return text[:target], text[target:]
+REACH = 1536  # how many tokens recall looks back
+
+
+def recall(ids: torch.Tensor, n: int, none: int, end: int = -1) -> torch.Tensor:
+    """For each position, what followed the last time that the same n tokens stood in this song; else `none`.
+
+    Songs repeat: whoever has heard the first line of a refrain knows its second. Large models learn by
+    themselves to look that up (induction heads: Olsson et al., arXiv:2209.11895). A small model does not
+    find out from one text, so it is told. Example: at the last "a" of "tra la la" and with n = 2 it is
+    the blank, as "la" stood before and a blank came after it. Shape in and out: (N,).
+    """
+    found = torch.full_like(ids, none)
+    for begin in range(0, len(ids), 2**20):  # in parts, to save memory
+        start = max(0, begin - REACH - n)
+        part = ids[start:begin + 2**20].long()
+        key = (part == end).cumsum(0)  # the number of the song
+        for _ in range(n):  # and of the last n tokens; int64 wraps around
+            key = F.pad(key, (1, 0))[:-1] * 1_000_003 + part + 1
+        order = key.argsort(stable=True)  # equal keys side by side, in the order of the text
+        before, here = order[:-1], order[1:]
+        again = (key[before] == key[here]) & (here - before <= REACH)
+        followed = torch.full_like(part, none)
+        followed[here[again]] = part[before[again] + 1]
+        found[begin:begin + 2**20] = followed[begin - start:]
+    return found
+
+
+class Memory:
+    """The same one token at a time, for when the model writes: a dictionary says where the last n tokens stood."""
+
+    def __init__(self, orders: list[int], none: int, end: int = -1):
+        self.orders, self.none, self.end = orders, none, end
+        self.read, self.after = [], {}  # all tokens; n tokens -> where the next one stands
+
+    def add(self, token: int) -> list[int]:
+        """Read a token. What followed the last time, for each n."""
+        self.read.append(token)
+        if token == self.end:
+            self.after.clear()  # a new song
+        here = len(self.read)  # where the next token will stand
+        lasts = [(n, *self.read[-n:]) for n in self.orders]
+        places = [self.after.get(last, -REACH) for last in lasts]
+        self.after.update((last, here) for last in lasts)
+        return [self.read[place] if here - place <= REACH else self.none for place in places]
+
+
+def with_recall(ids: torch.Tensor, config: Config, tokenizer) -> torch.Tensor:
+    """A text and, for each n, what is recalled at each position: shape (N, 1 + orders)."""
+    none, end = tokenizer.vocab_size, tokenizer.end
+    return torch.stack([ids, *(recall(ids, n, none, end) for n in recall_orders(config))], dim=1)
 
 
 def row_length(config: Config, step: int) -> int:
@@ -331,8 +382,14 @@ def shuffled_windows(length: int, size: int, seed: int) -> torch.Tensor:
     return cut + size * torch.randperm(max(1, length // size), generator=generator)
 
 
-def draw_batch(ids, config: Config, step: int, rank: int, world: int) -> torch.Tensor:
-    """The rows of a step for process `rank` of `world`, shape (grad_accum, B, T + 1).
+def read_at(data: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """What stands at these places, as int64: shape (*places.shape, 1 + orders)."""
+    # By numpy: torch before 2.10 takes no entries out of 16-bit numbers, as stage 2 has them.
+    return torch.from_numpy(data.numpy()[places.numpy()]).long()
+
+
+def draw_batch(data, config: Config, step: int, rank: int, world: int) -> torch.Tensor:
+    """The rows of a step for process `rank` of `world`, shape (grad_accum, B, T + 1, 1 + orders).
 
     classic: windows anywhere. modern: epochs, so that nothing is read twice before all is read. The draw
     depends on seed and step alone: a resumed run sees what an uninterrupted one would have seen.
@@ -342,18 +399,16 @@ def draw_batch(ids, config: Config, step: int, rank: int, world: int) -> torch.T
     count = config.grad_accum * rows * world  # rows in this step, in all processes
     if config.recipe == "classic":
         generator = torch.Generator().manual_seed(hash((config.seed, step)))
-        starts = torch.randint(len(ids) - size, (count,), generator=generator)[rank::world]
+        starts = torch.randint(len(data) - size, (count,), generator=generator)[rank::world]
     else:
-        per_epoch = max(1, len(ids) // size)  # rows
+        per_epoch = max(1, len(data) // size)  # rows
         numbers = torch.arange(step * count + rank, (step + 1) * count, world)  # of all rows ever
         first, last = step * count // per_epoch, ((step + 1) * count - 1) // per_epoch
-        epochs = [shuffled_windows(len(ids), size, hash((config.seed, epoch)))
+        epochs = [shuffled_windows(len(data), size, hash((config.seed, epoch)))
                   for epoch in range(first, last + 1)]  # a step may end one and begin another
         starts = torch.cat(epochs)[numbers - first * per_epoch]
     places = starts[:, None] + torch.arange(size + 1)  # (rows, T + 1)
-    # By numpy: torch before 2.10 takes no entries out of 16-bit numbers, as stage 2 has them.
-    read = torch.from_numpy(ids.numpy()[(places % len(ids)).numpy()])
-    return read.long().view(config.grad_accum, rows, size + 1)
+    return read_at(data, places % len(data)).view(config.grad_accum, rows, size + 1, -1)
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -362,9 +417,9 @@ def rotate(x, rope):
 
     The product of a query and a key then depends on how far apart they stand. x: (..., T, hs).
     """
-    cos, sin = rope.to(x.dtype)  # (T, hs / 2) each
+    cos, sin = rope.to(x.dtype)  # (T, hs) each
     a, b = x.chunk(2, dim=-1)  # the pairs: one number from each half
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return x * cos + torch.cat((b, a), dim=-1) * sin  # a cos - b sin, b cos + a sin
 
 
 class MultiHeadAttention(nn.Module):
@@ -372,7 +427,8 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.n_head, self.modern = config.n_head, config.recipe == "modern"
+        self.n_head, self.block_size = config.n_head, config.block_size
+        self.modern = config.recipe == "modern"
         self.query = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.key = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.value = nn.Linear(config.n_embd, config.n_embd, bias=False)
@@ -389,12 +445,13 @@ class MultiHeadAttention(nn.Module):
         k = self.key(x).view(heads).transpose(1, 2)  # what it can be found by
         v = self.value(x).view(heads).transpose(1, 2)  # what it has to say
         if self.modern:
-            q, k = rotate(self.qk_norm(q), rope), rotate(self.qk_norm(k), rope)
+            q, k = rotate(self.qk_norm(torch.stack((q, k))), rope)  # both at once
         if cache is not None:  # in generation k and v of what was read before are kept
-            old_k, old_v = cache.get(self, (k[:, :, :0], v[:, :, :0]))
-            k = torch.cat((old_k, k), dim=2)  # (B, nh, S, hs)
-            v = torch.cat((old_v, v), dim=2)
-            cache[self] = k, v
+            S = mask.size(1)  # all positions so far, the last T of them new
+            if self not in cache:
+                cache[self] = k.new_empty(2, B, self.n_head, self.block_size, C // self.n_head)
+            cache[self][..., S - T:S, :] = torch.stack((k, v))
+            k, v = cache[self][..., :S, :]  # (B, nh, S, hs) each
         scores = (q * k.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, nh, T, S)
         scores = scores + mask.to(scores.dtype)  # -inf hides the future
         weights = self.dropout(scores.softmax(dim=-1))  # each row sums to 1
@@ -492,16 +549,22 @@ class GPTLanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd, bias=not self.modern)  # before the head
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=not self.modern)
+        # Zero at the start: the model takes from what is recalled as much as helps.
+        self.orders = recall_orders(config)
+        self.recall_embeddings = nn.ModuleList(nn.Embedding(vocab_size + 1, config.n_embd) for _ in self.orders)
         T = config.block_size  # the context
         self.register_buffer("mask", torch.full((T, T), -math.inf).triu(1), persistent=False)
         if self.modern:
             head_size = config.n_embd // config.n_head  # hs
             speed = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)  # radians per position
-            angles = torch.outer(torch.arange(T), speed)  # (T, hs / 2)
-            self.register_buffer("rope", torch.stack((angles.cos(), angles.sin())), persistent=False)
+            angles = torch.outer(torch.arange(T), speed).repeat(1, 2)  # (T, hs), for both halves
+            signs = torch.tensor([-1, 1]).repeat_interleave(head_size // 2)  # see rotate
+            self.register_buffer("rope", torch.stack((angles.cos(), angles.sin() * signs)), persistent=False)
         else:
             self.position_embedding = nn.Embedding(T, config.n_embd)
         self.apply(self.init_weights)
+        for embedding in self.recall_embeddings:
+            nn.init.zeros_(embedding.weight)
 
     def init_weights(self, module):
         """Small random numbers. modern: a block adds nothing at first, it starts as the identity."""
@@ -513,10 +576,16 @@ class GPTLanguageModel(nn.Module):
             nn.init.zeros_(module.attention.proj.weight)
             nn.init.zeros_(module.feed_forward.down.weight)
 
-    def forward(self, idx, targets=None, cache=None, past=0):
-        """Logits (B, T, vocab_size), or with targets (B, T) the mean loss. idx: (B, T), after `past` cached ones."""
+    def forward(self, idx, targets=None, recalled=None, cache=None, past=0):
+        """Logits (B, T, vocab_size), or with targets (B, T) the mean loss. idx: (B, T), after `past` cached ones.
+
+        recalled: (B, T, orders), what followed the last time; None: nothing is known.
+        """
         S = past + idx.size(1)  # all positions so far, the last T of them new
         x = self.token_embedding(idx)  # (B, T, C)
+        if recalled is not None:
+            for embedding, followed in zip(self.recall_embeddings, recalled.unbind(dim=-1)):
+                x = x + embedding(followed)  # the same for each n
         rope = self.rope[:, past:S] if self.modern else None
         if not self.modern:
             x = x + self.position_embedding.weight[past:S]
@@ -595,26 +664,38 @@ def learning_rate(config: Config, step: int) -> float:
 
 # --------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def evaluate(model, ids, tokenizer, config: Config, context: int) -> tuple[float, float]:
-    """(nats per token, bits per character) over all tokens but the first, each predicted exactly once.
+def token_losses(model, data, config: Config, context: int) -> torch.Tensor:
+    """Nats of each token but the first, each predicted exactly once: shape (N - 1,). No random draw.
 
-    Consecutive windows that overlap by one token, no random draw: the same model always gets the same
-    figure. Bits per character, nats / (ln 2 * characters), can be compared between tokenizers.
+    A window begins in the middle of the one before and adds what is new in it, so that each token is
+    predicted from half a context at least, as it is when the model writes.
     """
     model.eval()
-    device = next(model.parameters()).device
-    rows = config.batch_size * (config.block_size // context)  # as many tokens as in training
-    lacking = -(len(ids) - 1) % context  # tokens that the last window is short of
-    inputs = F.pad(ids[:-1].long(), (0, lacking)).view(-1, context).split(rows)
-    targets = F.pad(ids[1:].long(), (0, lacking), value=-100).view(-1, context).split(rows)  # -100: none
-    nats = tokens = chars = 0  # sums
-    for x, y in list(zip(inputs, targets))[:config.eval_iters or None]:  # (B, T) each
-        told = y[y >= 0]  # the last window may be short
+    device, step, losses = next(model.parameters()).device, max(1, context // 2), []
+    rows = config.batch_size * (config.block_size // context)  # as many tokens as in training,
+    rows = min(rows, max(1, 2**24 // (context * model.lm_head.out_features)))  # or 64 MB of logits
+    starts = torch.arange(0, max(1, len(data) - 1 - context + step), step).split(rows)
+    for start in starts[:config.eval_iters or None]:  # (B,)
+        places = start[:, None] + torch.arange(context + 1)  # (B, T + 1)
+        read = read_at(data, places.clamp(max=len(data) - 1)).to(device)  # (B, T + 1, 1 + orders)
         with mixed_precision(config.dtype, device):
-            nats += model(x.to(device), y.to(device)).item() * len(told)
-        tokens += len(told)
-        chars += tokenizer.count_chars(told)  # a token may stand for several
-    return nats / tokens, nats / (math.log(2) * chars)
+            logits = model(read[:, :-1, 0], recalled=read[:, :-1, 1:])  # (B, T, vocab_size)
+        targets = read[:, 1:, 0].flatten()
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")  # (B * T,)
+        new = places[:, 1:] < len(data)  # not beyond the end,
+        new[start > 0, :context - step] = False  # nor in the window before
+        losses.append(nats.cpu()[new.flatten()])
+    return torch.cat(losses).double()
+
+
+def evaluate(model, data, tokenizer, config: Config, context: int) -> tuple[float, float]:
+    """(nats per token, bits per character): the same model always gets the same figure.
+
+    Bits per character, nats / (ln 2 * characters), can be compared between tokenizers.
+    """
+    nats = token_losses(model, data, config, context)
+    chars = tokenizer.count_chars(data[1:len(nats) + 1, 0])  # a token may stand for several
+    return nats.mean().item(), nats.sum().item() / (math.log(2) * chars.sum().item())
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -632,24 +713,29 @@ def draw_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 @torch.inference_mode()
-def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_p=1.0, generator=None,
+             end=-1):
     """Yield max_new_tokens times the next token of each row, shape (B,). idx: (B, T), the prompt.
 
     The cache keeps each block's keys and values, so that a new token costs one position. When the context
     is full, its last half is kept and read again.
     """
     model.eval()
-    seen = new = idx[:, -context:]  # (B, T)
+    memories = [Memory(model.orders, model.token_embedding.num_embeddings, end) for _ in idx]
+    seen = torch.empty(len(idx), 0, 1 + len(model.orders), dtype=torch.long, device=idx.device)
+    new = idx
     cache, past = {}, 0  # past: how many positions the cache holds
     for _ in range(max_new_tokens):
+        recalled = [[memory.add(token) for token in row] for memory, row in zip(memories, new.tolist())]
+        new = torch.cat((new[..., None], torch.tensor(recalled, device=idx.device).long()), dim=2)
+        seen = torch.cat((seen, new), dim=1)[:, -context:]
         if past + new.size(1) > context:
-            new, cache, past = seen[:, -(context // 2):], {}, 0
-        logits = model(new, cache=cache, past=past)[:, -1]  # (B, vocab_size)
+            new, cache, past = seen[:, -(context // 2):] if past else seen, {}, 0
+        logits = model(new[..., 0], recalled=new[..., 1:], cache=cache, past=past)[:, -1]  # (B, vocab_size)
         past += new.size(1)
         token = draw_token(logits, temperature, top_k, top_p, generator)
-        new = token[:, None]  # (B, 1)
-        seen = torch.cat((seen, new), dim=1)[:, -context:]
         yield token
+        new = token[:, None]  # (B, 1)
 
 
 def sample_text(model, tokenizer, config: Config, context: int, number=0, length=None):
@@ -661,7 +747,7 @@ def sample_text(model, tokenizer, config: Config, context: int, number=0, length
     # On a CPU casts to bfloat16 cost more than they save, with one position at a time.
     with mixed_precision("float32" if device.type == "cpu" else config.dtype, device):
         tokens = generate(model, idx, length or config.max_new_tokens, context,
-                          config.temperature, config.top_k, config.top_p, generator)
+                          config.temperature, config.top_k, config.top_p, generator, tokenizer.end)
         ids = (token.item() for token in tokens)
         if config.stop_at_end:
             ids = itertools.takewhile(lambda token: token != tokenizer.end, ids)
@@ -671,14 +757,15 @@ def sample_text(model, tokenizer, config: Config, context: int, number=0, length
 
 # ----------------------------------------------------------------------------------------- training
 def take_step(network, optimizers, scaler, rows, config: Config, step: int) -> torch.Tensor:
-    """One optimizer step on rows (grad_accum, B, T + 1). Returns the mean loss, in nats per token."""
+    """One optimizer step on rows (grad_accum, B, T + 1, 1 + orders). Returns the mean loss, in nats per token."""
     torch.manual_seed(hash((config.seed, step, RANK)))  # for dropout: so there is no state to save
     network.train()  # dropout on
     amp = mixed_precision(config.dtype, rows.device)
     total = 0  # of the losses
-    for batch in rows:  # (B, T + 1)
+    for batch in rows:
+        idx, targets, recalled = batch[:, :-1, 0], batch[:, 1:, 0], batch[:, :-1, 1:]
         with amp:
-            loss = network(batch[:, :-1], batch[:, 1:]) / config.grad_accum
+            loss = network(idx, targets, recalled) / config.grad_accum
         scaler.scale(loss).backward()  # in float16 small gradients vanish unless scaled
         total += loss.detach()
     for optimizer in optimizers:
@@ -695,7 +782,7 @@ def take_step(network, optimizers, scaler, rows, config: Config, step: int) -> t
     return total
 
 
-def train(config: Config, model, tokenizer, train_ids, val_ids, facts: dict, saved: dict | None) -> list[dict]:
+def train(config: Config, model, tokenizer, train_data, val_data, facts: dict, saved: dict | None) -> list[dict]:
     """Train to max_iters, or until `patience` evaluations brought nothing. The history: a record an evaluation."""
     device = next(model.parameters()).device
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
@@ -717,7 +804,7 @@ def train(config: Config, model, tokenizer, train_ids, val_ids, facts: dict, sav
         # Once in a while: evaluate, keep the best model and a checkpoint to continue from.
         due = step % config.eval_interval == 0 or step == config.max_iters
         if due and not (saved and step == start):
-            val_loss, val_bpc = map(average, evaluate(model, val_ids, tokenizer, config, context))
+            val_loss, val_bpc = map(average, evaluate(model, val_data, tokenizer, config, context))
             train_loss = average(torch.stack(losses).mean().item()) if losses else val_loss
             best = all(val_loss < record["val_loss"] for record in history)
             history.append(dict(iter=step, train_loss=train_loss, val_loss=val_loss, val_bpc=val_bpc,
@@ -739,7 +826,7 @@ def train(config: Config, model, tokenizer, train_ids, val_ids, facts: dict, sav
 
         # One step.
         began = time.perf_counter()  # the clock stands still while it evaluates and writes
-        rows = draw_batch(train_ids, config, step, RANK, WORLD).to(device, non_blocking=True)
+        rows = draw_batch(train_data, config, step, RANK, WORLD).to(device, non_blocking=True)
         losses.append(take_step(network, optimizers, scaler, rows, config, step))
         context = row_length(config, step)  # how far back the model has learned to look
         if step % 10 == 0:
@@ -823,6 +910,42 @@ def join_processes(facts: dict):
             raise Stop("the processes of this run have different texts or options: give all the same")
 
 
+def recall_orders(config: Config) -> list[int]:
+    """The numbers of --recall. Stop if they are none."""
+    if not re.fullmatch(r"([1-9]\d{0,2}(,[1-9]\d{0,2}){0,9})?", config.recall):
+        raise Stop(f"--recall {config.recall}: must be numbers from 1 to 999, such as 5,10,20")
+    if config.recall and config.recipe == "classic":
+        raise Stop("--recall needs --recipe modern")
+    return [int(n) for n in config.recall.split(",") if n]
+
+
+def repeated(text: str) -> torch.Tensor:
+    """For each character: is it in a line of 12 or more that stood in the 3,000 characters before? Case ignored."""
+    marks = torch.zeros(len(text), dtype=torch.bool)
+    for line in re.finditer(rf"[^\n{END}]{{12,}}", text):
+        begin, end = line.span()
+        marks[begin:end] = line[0].lower() in text[max(0, begin - 3000):begin].lower()
+    return marks
+
+
+def by_repetition(model, data, tokenizer, config: Config, context: int) -> dict:
+    """Does the model use what it has read? Bits per character in repeated lines and elsewhere, and the lines' share.
+
+    A token belongs where its last character stands. None where there is nothing.
+    """
+    nats = token_losses(model, data, config, context)
+    ids = data[1:len(nats) + 1, 0]
+    chars = tokenizer.count_chars(ids)
+    marks = repeated("".join(tokenizer.stream(ids.tolist())))[(chars.cumsum(0) - 1).clamp(min=0)]
+
+    def bits(part):
+        count = chars[part].sum().item()
+        return nats[part].sum().item() / (math.log(2) * count) if count else None
+
+    share = chars[marks].sum().item() / chars.sum().item()
+    return dict(refrain_share=share, refrain_bpc=bits(marks), other_bpc=bits(~marks))
+
+
 def best_of(history: list[dict]) -> dict:
     """The record of the evaluation with the lowest loss."""
     return min(history, key=lambda record: record["val_loss"])
@@ -900,6 +1023,7 @@ def make_config(given: dict, device: torch.device, tokens: int = 0) -> Config:
     known.setdefault("save_path", f"{run_dir}/model_best.pt")
     known.setdefault("output", f"{run_dir}/output/sample.txt")
     config = Config(**known)
+    recall_orders(config)
     head_size, rest = divmod(config.n_embd, config.n_head)  # heads share the width
     if rest or config.recipe == "modern" and head_size % 2:
         raise Stop(f"--n_embd {config.n_embd} must be divisible by --n_head {config.n_head} (modern: into an even number)")
@@ -1058,7 +1182,7 @@ def read_corpus(path: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------- checkpoints
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 NAN = "the loss turned NaN: lower --learning_rate"
 DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError,
            pickle.UnpicklingError, zipfile.BadZipFile)  # what a file that is none may raise
@@ -1296,7 +1420,25 @@ KNOWN = {"alloc": MEMORY, "out of memory": MEMORY, "connection": "another proces
          "inline_container": "a checkpoint cannot be written: is the disk full?"}
 
 
-def make_facts(config: Config, tokenizer, train_text: str, train_ids, device: torch.device) -> dict:
+def read_data(given: dict, saved: dict | None):
+    """(tokenizer, training tokens, validation tokens, what can be said of the text). The text itself is let go."""
+    path = given.get("input", Config.input)
+    text = "" if given.get("sample_only") else read_corpus(path)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    if given.get("resume") and sha256 != saved["corpus_sha256"]:
+        raise Stop(f"--input {path} (SHA-256 {sha256[:8]}) is not the text that this run began with "
+                   f"({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
+    tokenizer = make_tokenizer(given, text, saved)
+    train_text, val_text = split_corpus(text)
+    train_ids = tokenizer.encode(train_text)
+    val_ids = torch.cat((train_ids[-1:], tokenizer.encode(val_text)))  # the first is only there to be read
+    if not text:
+        return tokenizer, train_ids, val_ids, {}
+    facts = dict(tokenizer.describe(train_text, train_ids), characters=len(text), corpus_sha256=sha256)
+    return tokenizer, train_ids, val_ids, facts
+
+
+def make_facts(config: Config, tokenizer, device: torch.device) -> dict:
     """What can be said of a run before it starts. Stop if its parameters alone need more memory than there is."""
     with torch.device("meta"):  # shapes without memory
         model = GPTLanguageModel(config, tokenizer.vocab_size)
@@ -1304,8 +1446,7 @@ def make_facts(config: Config, tokenizer, train_text: str, train_ids, device: to
     if hasattr(os, "sysconf") and 16 * params > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise Stop(MEMORY)  # a weight, its gradient and two numbers of the optimizer, four bytes each
     return dict(
-        tokenizer.describe(train_text, train_ids), params=params,
-        tokens_per_step=config.grad_accum * config.batch_size * config.block_size * WORLD,
+        params=params, tokens_per_step=config.grad_accum * config.batch_size * config.block_size * WORLD,
         device=str(device), seed=config.seed,
         dtype=str(mixed_precision(config.dtype, device).fast_dtype).removeprefix("torch."))
 
@@ -1328,41 +1469,35 @@ def run(given: dict) -> dict:
     saved = load_source(given)
     given = inherit(given, saved)  # what a checkpoint says of options
     device = pick_device(given.get("device", "auto"))
-    text = "" if given.get("sample_only") else read_corpus(given.get("input", Config.input))
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    if given.get("resume") and sha256 != saved["corpus_sha256"]:
-        raise Stop(f"--input {given['input']} (SHA-256 {sha256[:8]}) is not the text that this run began with "
-                   f"({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
-    tokenizer = make_tokenizer(given, text, saved)
+    tokenizer, train_data, val_data, facts = read_data(given, saved)
     tokenizer.encode(given.get("prompt", ""))  # does it know all of it?
-    train_text, val_text = split_corpus(text)
-    train_ids = tokenizer.encode(train_text)
-    val_ids = torch.cat((train_ids[-1:], tokenizer.encode(val_text)))
-    config = make_config(given, device, len(train_ids))
+    config = make_config(given, device, len(train_data))
     check_targets(config)  # before anything is written
     if config.sample_only:
         model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
         model.load_state_dict(saved["model"])
         write_samples(model, tokenizer, config, saved["context"])
         return best_of(saved["history"])
-    if len(train_ids) <= config.block_size or len(val_ids) < 2:
-        raise Stop(f"{config.input} is too short ({len(text):,} characters) for --block_size {config.block_size}: "
-                   "lower it, or bring more text")
-    facts = make_facts(config, tokenizer, train_text, train_ids, device) | dict(corpus_sha256=sha256)
+    if len(train_data) <= config.block_size or len(val_data) < 2:
+        raise Stop(f"{config.input} is too short ({facts['characters']:,} characters) for --block_size "
+                   f"{config.block_size}: lower it, or bring more text")
+    facts |= make_facts(config, tokenizer, device)
     join_processes(asdict(config) | facts)
+    train_data = with_recall(train_data, config, tokenizer)
+    val_data = with_recall(val_data, config, tokenizer)
     with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():
         say(f"{config.size}, {config.recipe}, {facts['params']:,} parameters on {device} in {facts['dtype']}; "
-            f"{len(text):,} characters, {facts['vocab_size']:,} entries in the vocabulary, "
+            f"{facts['characters']:,} characters, {facts['vocab_size']:,} entries in the vocabulary, "
             f"each seen {facts['tokens_per_vocab_entry']:,.1f} times")
         if RANK == 0:
             save_tokenizer(tokenizer, config)
-        return train_and_sample(config, tokenizer, train_ids, val_ids, facts, saved, device)
+        return train_and_sample(config, tokenizer, train_data, val_data, facts, saved, device)
 
 
-def train_and_sample(config: Config, tokenizer, train_ids, val_ids, facts: dict, saved: dict | None, device) -> dict:
+def train_and_sample(config: Config, tokenizer, train_data, val_data, facts: dict, saved: dict | None, device) -> dict:
     """A run, once its folder is open. Returns the metrics."""
-    tokens = config.max_iters * facts["tokens_per_step"]
-    say(f"{config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {tokens / len(train_ids):.1f} passes over the text")
+    passes = config.max_iters * facts["tokens_per_step"] / len(train_data)
+    say(f"{config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {passes:.1f} passes over the text")
     if config.resume and config.max_iters > saved["config"]["max_iters"]:
         say(f"note: the learning rate is planned anew for {config.max_iters} steps")
     keep_memory()
@@ -1370,12 +1505,17 @@ def train_and_sample(config: Config, tokenizer, train_ids, val_ids, facts: dict,
     model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
     if saved:
         model.load_state_dict(saved["model"])
-    history = train(config, model, tokenizer, train_ids, val_ids, facts, saved if config.resume else None)
-    if RANK == 0:
-        best = load_checkpoint(f"{config.run_dir}/model_best.pt")
-        model.load_state_dict(best["model"])
-        write_samples(model, tokenizer, config, best["context"])
-    return write_report(config.run_dir, history, facts)
+    history = train(config, model, tokenizer, train_data, val_data, facts, saved if config.resume else None)
+    best = load_checkpoint(f"{config.run_dir}/model_best.pt") if RANK == 0 else saved
+    if RANK > 0:
+        return write_report(config.run_dir, history, facts)
+    model.load_state_dict(best["model"])
+    write_samples(model, tokenizer, config, best["context"])
+    repeats = by_repetition(model, val_data, tokenizer, config, best["context"])
+    if repeats["refrain_bpc"] is not None:
+        say("validation, bits per character: {refrain_bpc:.3f} in lines that stood shortly before "
+            "({refrain_share:.1%}), {other_bpc:.3f} elsewhere".format(**repeats))
+    return write_report(config.run_dir, history, facts | repeats)
 
 
 def main(argv=None) -> dict:

@@ -60,17 +60,18 @@ def per_second(work, device: str, seconds: float) -> float:
 
 
 def prepare(args, **options):
-    """(settings, model, token numbers): all that a training step takes."""
+    """(settings, model, the text): all that a training step takes."""
     device = torch.device(args.device)
     text = gpt.read_corpus(args.input)
     tokenizer = gpt.make_tokenizer({}, text, None)
     ids = tokenizer.encode(text)
     config = gpt.make_config(dict(options, size=args.size, max_iters=10**6), device, len(ids))  # more than will be timed
+    data = gpt.with_recall(ids, config, tokenizer)
     torch.manual_seed(config.seed)
-    return config, gpt.GPTLanguageModel(config, tokenizer.vocab_size).to(device), ids
+    return config, gpt.GPTLanguageModel(config, tokenizer.vocab_size).to(device), data
 
 
-def steps_per_second(args, config, model, ids) -> float:
+def steps_per_second(args, config, model, data) -> float:
     """How many training steps a second gpt.py takes with these settings."""
     device, numbers = torch.device(args.device), itertools.count()
     network = torch.compile(model, dynamic=False) if config.compile else model
@@ -79,7 +80,7 @@ def steps_per_second(args, config, model, ids) -> float:
 
     def work():
         step = next(numbers)
-        rows = gpt.draw_batch(ids, config, step, 0, 1).to(device, non_blocking=True)
+        rows = gpt.draw_batch(data, config, step, 0, 1).to(device, non_blocking=True)
         gpt.take_step(network, optimizers, scaler, rows, config, step)
 
     return per_second(work, args.device, args.seconds)
@@ -94,10 +95,10 @@ def steps(args, rate: float):
                 forward = fused_attention if attention == "fused" else gpt.MultiHeadAttention.forward
                 torch.compiler.reset()
                 with patch.object(gpt.MultiHeadAttention, "forward", forward):
-                    config, model, ids = prepare(args, recipe=recipe, dtype=dtype, compile=compiled)
+                    config, model, data = prepare(args, recipe=recipe, dtype=dtype, compile=compiled)
                     if args.device == "cuda":
                         torch.cuda.reset_peak_memory_stats()
-                    tokens = config.batch_size * config.block_size * steps_per_second(args, config, model, ids)
+                    tokens = config.batch_size * config.block_size * steps_per_second(args, config, model, data)
                 memory = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else math.nan
                 weights = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name)
                 flops = 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size  # a token

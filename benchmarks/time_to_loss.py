@@ -61,17 +61,17 @@ class Peer(nn.Module):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocab_size, width), nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(PeerBlock(width) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width, bias=False), nn.Linear(width, vocab_size, bias=False)
+        self.norm, self.lm_head = nn.LayerNorm(width, bias=False), nn.Linear(width, vocab_size, bias=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
-        self.tokens.weight = self.head.weight
+        self.tokens.weight = self.lm_head.weight
 
-    def forward(self, idx, targets):
-        """Mean loss in nats per token."""
+    def forward(self, idx, recalled=None):
+        """Logits (B, T, vocab_size); the peer does not know what to do with what is recalled."""
         x = self.tokens(idx) + self.positions.weight[:idx.size(1)]
-        return F.cross_entropy(self.head(self.norm(self.blocks(x))).flatten(0, 1), targets.flatten())
+        return self.lm_head(self.norm(self.blocks(x)))
 
 
 def train_peer(train_ids, vocab_size, seed, steps, batch=12, context=64):
@@ -89,7 +89,7 @@ def train_peer(train_ids, vocab_size, seed, steps, batch=12, context=64):
             group["lr"] = rate
         starts = torch.randint(len(ids) - context, (batch,))
         rows = ids[starts[:, None] + torch.arange(context + 1)]
-        loss = model(rows[:, :-1], rows[:, 1:])
+        loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -122,7 +122,7 @@ def main(argv=None):
     ratios = {name: [] for name in dict.fromkeys((str(fast).removeprefix("torch."), "float32"))}  # what auto takes first
     for seed in range(args.seeds):
         peer, peer_seconds = train_peer(train_ids, tokenizer.vocab_size, seed, PEER_STEPS)
-        target = gpt.evaluate(peer, torch.cat((train_ids[-1:], val_ids)), tokenizer, window, 64)[0]
+        target = gpt.evaluate(peer, torch.cat((train_ids[-1:], val_ids))[:, None], tokenizer, window, 64)[0]
         size = sum(p.numel() for p in peer.parameters())
         print(f"seed {seed}: peer {size:,} parameters, {target:.3f} after {peer_seconds:.1f} s", flush=True)
         for dtype in ratios:

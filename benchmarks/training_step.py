@@ -58,9 +58,9 @@ class Plain(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, idx, targets):
+    def forward(self, idx, targets, recalled=None):
         """Mean loss in nats per token."""
-        return F.cross_entropy(self.model(idx).flatten(0, 1).float(), targets.flatten())
+        return F.cross_entropy(self.model(idx, recalled=recalled).flatten(0, 1).float(), targets.flatten())
 
 
 def measure(name: str, steps: int) -> dict:
@@ -72,6 +72,8 @@ def measure(name: str, steps: int) -> dict:
     vocab_size = 50257 if script == "gpt_tiktoken" else 76
     ids = torch.randint(vocab_size, (60000,), generator=torch.Generator().manual_seed(0))
     config = stage.make_config(given, cpu, len(ids))
+    none = vocab_size
+    data = torch.stack([ids, *(stage.recall(ids, n, none) for n in stage.recall_orders(config))], dim=1)
     tokens, hidden = config.batch_size * config.block_size, 3 * config.n_embd
     before, dtype = peak(), stage.mixed_precision(config.dtype, cpu).fast_dtype
     rate = matrix_rate(tokens, config.n_embd, hidden, dtype)
@@ -82,7 +84,7 @@ def measure(name: str, steps: int) -> dict:
     times = []
     for step in range(steps):
         began = time.perf_counter()
-        rows = stage.draw_batch(ids, config, step, 0, 1)
+        rows = stage.draw_batch(data, config, step, 0, 1)
         stage.take_step(network, optimizers, scaler, rows, config, step)
         times.append(time.perf_counter() - began)
     rate = (rate + matrix_rate(tokens, config.n_embd, hidden, dtype)) / 2

@@ -25,7 +25,7 @@ import gpt_hf  # noqa: E402
 import gpt_tiktoken  # noqa: E402
 
 SHAPE = dict(n_layer=4, n_head=4, block_size=128, sample_interval=0, device="cpu", tokenizer="custom")
-TEACHER = dict(SHAPE, n_embd=256, batch_size=16, vocab_size=4000, dropout=0.1, eval_interval=150)
+TEACHER = dict(SHAPE, recall="", n_embd=256, batch_size=16, vocab_size=4000, dropout=0.1, eval_interval=150)
 TUNED = dict(epochs=8, patience=2, batch_size=8, block_size=128, learning_rate=1e-3, num_samples=1, max_new_tokens=100,
              device="cpu")
 SCRATCH = {size: dict(SHAPE, n_embd=128, batch_size=8, dropout=0.2, patience=6, vocab_size=size) for size in (500, 2000)}

@@ -28,7 +28,7 @@ TEXTS = (
     "", "\n\n a\n\n\n b \n", "  a   b\t\tc  \n  ", "Zażółć gęślą jaźń.\nŁÓDŹ!\n", "a\u00a0b\u2005c\u2028f\x85h",
     "a\r\nb\rc\n", "👩‍👩‍👧‍👦 🏳️‍🌈 🦊🦊 👍🏽", "".join(map(chr, [*range(1, 32), *range(127, 160)])),
     "z\u0307o\u0301łc\u0301", "12345 6,78 ٣٤ ²½", "I'll don't we've it's", "słowo" * 99, babble(9))
-TINY = dict(input="songs.txt", n_layer=1, n_head=2, n_embd=16, batch_size=2, block_size=16, max_iters=2, dropout=0.0,
+TINY = dict(input="songs.txt", recall="", n_layer=1, n_head=2, n_embd=16, batch_size=2, block_size=16, max_iters=2, dropout=0.0,
             eval_interval=1, sample_interval=0, max_new_tokens=5, tokenizer="custom", vocab_size=265, device="cpu",
             dtype="float32")
 
@@ -123,7 +123,7 @@ def test_the_exported_model_gives_the_same_scores_and_texts(shared, kind, shape)
     given = dict(tokenizer="polish", tokenizer_path=str(file)) if file.exists() else dict(tokenizer=kind)
     given |= dict(vocab_size=300) if kind == "custom" else {}
     tokenizer = gpt_tiktoken.make_tokenizer(given, babble(300), None)
-    config = gpt_tiktoken.make_config(given | dict(block_size=12) | shape, CPU)
+    config = gpt_tiktoken.make_config(given | dict(block_size=12, recall="") | shape, CPU)
     model, context = random_model(config, tokenizer.vocab_size), config.block_size - 2  # as if rows had not grown to the end
     saved = dict(config=asdict(config), tokenizer=tokenizer.state, model=model.state_dict(), context=context)
     Path("hf").mkdir()

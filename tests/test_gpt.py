@@ -176,10 +176,24 @@ def config_of(stage, tokens=0, **options):
     return stage.make_config(dict(dtype="float32") | options, torch.device("cpu"), tokens)
 
 
+def draw(stage, ids, *args):
+    """draw_batch on tokens alone, without what is recalled: (grad_accum, B, T + 1)."""
+    return stage.draw_batch(ids[:, None], *args)[..., 0]
+
+
+def recalled_in(stage, model, text, end=-1):
+    """What is recalled in each row. text: (B, T); result: (B, T, orders)."""
+    none = model.token_embedding.num_embeddings
+    found = [[stage.recall(row, n, none, end) for n in model.orders] for row in text]
+    return torch.stack([torch.stack(row, dim=-1) if row else text.new_empty(text.size(1), 0) for row in found])
+
+
 def model_of(stage, recipe="modern", seed=0, vocab_size=20, **shape):
     """A small model; no matrix is zero, so every path counts."""
     torch.manual_seed(seed)
     shape = dict(block_size=12, n_layer=2, n_head=2, n_embd=16, dropout=0.0) | shape
+    if recipe == "modern":
+        shape = dict(recall="1,3") | shape
     model = stage.GPTLanguageModel(config_of(stage, recipe=recipe, **shape), vocab_size)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -192,14 +206,14 @@ class Learner:
     def __init__(self, stage, **options):
         self.stage, self.config = stage, config_of(stage, **TINY | STAGES[stage.__name__] | options)
         tokenizer = stage.make_tokenizer({}, TEXT, None)
-        self.ids = tokenizer.encode(TEXT)
+        self.data = stage.with_recall(tokenizer.encode(TEXT), self.config, tokenizer)
         self.model = model_of(stage, self.config.recipe, vocab_size=tokenizer.vocab_size, block_size=16)
         self.optimizers = stage.make_optimizers(self.model, self.config)
         self.scaler = torch.amp.GradScaler("cpu", enabled=self.config.dtype == "float16")
         self.steps = 0
 
     def step(self):
-        rows = self.stage.draw_batch(self.ids, self.config, self.steps, 0, 1)
+        rows = self.stage.draw_batch(self.data, self.config, self.steps, 0, 1)
         loss = self.stage.take_step(self.model, self.optimizers, self.scaler, rows, self.config, self.steps)
         self.steps += 1
         return loss.item()
@@ -319,12 +333,12 @@ def test_every_text_comes_back_from_its_numbers(text):
     tokenizer = gpt.make_tokenizer({}, text, None)
     ids = tokenizer.encode(text + gpt.END)
     assert "".join(tokenizer.stream(ids.tolist())) == text + gpt.END
-    assert ids[-1] == tokenizer.end == len(set(text)) and tokenizer.count_chars(ids) == len(text) + 1
+    assert ids[-1] == tokenizer.end == len(set(text)) and tokenizer.count_chars(ids).sum() == len(text) + 1
     again = gpt.CharTokenizer(**tokenizer.state)
     assert torch.equal(again.encode(text), ids[:-1]) and again.start == tokenizer.start
 
 
-@pytest.mark.parametrize(("characters", "dtype"), [(255, torch.uint8), (256, torch.int32), (3000, torch.int32)])
+@pytest.mark.parametrize(("characters", "dtype"), [(254, torch.uint8), (255, torch.int32), (3000, torch.int32)])
 def test_numbers_are_kept_in_a_small_type(characters, dtype):
     gpt = importlib.import_module("gpt")
     text = "".join(map(chr, range(0x100, 0x100 + characters)))
@@ -415,17 +429,92 @@ def test_the_split_is_the_best_of_all_cuts(text):
 @both_recipes
 def test_processes_share_one_draw(stage, recipe):
     config = config_of(stage, recipe=recipe, block_size=8, grow=0, batch_size=6, grad_accum=2)
-    whole = stage.draw_batch(torch.arange(100), config, 3, 0, 1)
+    whole = draw(stage, torch.arange(100), config, 3, 0, 1)
     assert whole.shape == (2, 6, 9) and torch.equal(whole[..., 1:], (whole[..., :-1] + 1) % 100)
     third = config_of(stage, recipe=recipe, block_size=8, grow=0, batch_size=2, grad_accum=2)
-    parts = [stage.draw_batch(torch.arange(100), third, 3, rank, 3).view(4, 9) for rank in range(3)]
+    parts = [draw(stage, torch.arange(100), third, 3, rank, 3).view(4, 9) for rank in range(3)]
     assert torch.equal(torch.stack(parts, dim=1).view(12, 9), whole.view(12, 9))
-    assert not torch.equal(stage.draw_batch(torch.arange(100), config, 4, 0, 1), whole)
+    assert not torch.equal(draw(stage, torch.arange(100), config, 4, 0, 1), whole)
+
+
+def followers(text, n, none, end, reach):
+    """recall by its definition."""
+    found = []
+    for here in range(len(text)):
+        places = [place for place in range(max(n - 1, here - reach), here)
+                  if text[place - n + 1:place + 1] == text[here - n + 1:here + 1] and end not in text[place + 1:here + 1]]
+        found.append(text[places[-1] + 1] if places else none)
+    return found
+
+
+@settings(deadline=None, max_examples=300)
+@given(text=st.lists(st.integers(0, 3), min_size=1, max_size=90), n=st.integers(1, 7), end=st.sampled_from([-1, 3]),
+       reach=st.integers(1, 60))
+def test_what_is_recalled_is_what_followed_the_last_time(text, n, end, reach):
+    gpt = importlib.import_module("gpt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt, "REACH", reach)
+        expected = followers(text, n, 4, end, reach)
+        assert gpt.recall(torch.tensor(text, dtype=torch.uint8), n, 4, end).tolist() == expected
+        memory = gpt.Memory([n, 2], 4, end)
+        assert [memory.add(token)[0] for token in text] == expected
+
+
+def test_recall_knows_the_rest_of_the_line(stage):
+    ids = torch.tensor(list(b"tra la la"))
+    assert bytes(stage.recall(ids, 2, 0).tolist()) == b"\0" * 6 + b"la "
+    assert bytes(stage.recall(ids, 99, 0).tolist()) == b"\0" * 9
+
+
+def test_recall_reads_a_long_text_in_parts(stage):
+    ids, part = torch.randint(3, (2**20 + 5000,), generator=torch.Generator().manual_seed(1)), slice(2**20 - 4000, None)
+    for n in (5, 10):
+        whole, alone = stage.recall(ids, n, 3), stage.recall(ids[part], n, 3)
+        assert torch.equal(whole[part][stage.REACH + n:], alone[stage.REACH + n:])
+        assert 0.1 < (whole == 3).double().mean() or n == 5
+
+
+def test_a_refrain_is_learned_by_recall(stage):
+    """Songs of four random lines that are all sung twice: only who looks them up can know the second time."""
+    words = random.Random(1)
+    lines = ["".join(words.choices("abcdefgh", k=24)) for _ in range(200)]
+    songs = ["\n".join(lines[i:i + 4] * 2) for i in range(0, 200, 4)]
+    Path("songs.txt").write_text(SEPARATOR.join(songs), encoding="utf-8")
+    shape = dict(max_iters=80, eval_interval=20, block_size=32, n_embd=32, dropout=0, learning_rate=2e-2)
+    metrics = {recall: stage.main(tiny(stage, recall=recall, run_dir=f"run{recall}", **shape)) for recall in ("3,6", "")}
+    assert metrics["3,6"]["refrain_share"] == metrics[""]["refrain_share"] > 0.3
+    assert metrics["3,6"]["refrain_bpc"] < 0.5 * metrics[""]["refrain_bpc"]
+    assert metrics["3,6"]["refrain_bpc"] < 0.5 * metrics["3,6"]["other_bpc"]
+
+
+def test_a_repeated_line_is_one_that_stood_in_the_3000_characters_before(stage):
+    line = "Noc nad miastem!"
+    text = f"{line}\nkrótka\n{line.upper()}\0krótka\n{'x' * 2990}\n{line}\n{line[:11]}"
+    marked = "".join(char for char, mark in zip(text, stage.repeated(text).tolist()) if mark)
+    assert marked == line.upper()
+    assert stage.repeated(line + "\n" + line).sum() == len(line)
+
+
+@numeric
+def test_bits_in_repeated_lines_and_elsewhere_make_up_all_bits(stage, run):
+    saved = stage.load_checkpoint("run/model_best.pt")
+    config, tokenizer = stage.Config(**saved["config"]), stage.make_tokenizer({}, "", saved)
+    model = stage.GPTLanguageModel(config, tokenizer.vocab_size)
+    model.load_state_dict(saved["model"])
+    train, val = stage.split_corpus(stage.read_corpus("songs.txt"))
+    ids = torch.cat((tokenizer.encode(train)[-1:], tokenizer.encode(val)))
+    data = stage.with_recall(ids, config, tokenizer)
+    parts = stage.by_repetition(model, data, tokenizer, config, saved["context"])
+    _, bits = stage.evaluate(model, data, tokenizer, config, saved["context"])
+    share = parts["refrain_share"]
+    assert share * parts["refrain_bpc"] + (1 - share) * parts["other_bpc"] == pytest.approx(bits, rel=1e-4)
+    assert parts.items() <= json.loads(Path("run/metrics.json").read_bytes()).items()
+    assert share == pytest.approx(stage.repeated(val).double().mean().item(), abs=0.2)
 
 
 def test_classic_windows_begin_at_every_position(stage):
     config = config_of(stage, recipe="classic", block_size=4, batch_size=200)
-    drawn = torch.cat([stage.draw_batch(torch.arange(9), config, step, 0, 1) for step in range(3)])
+    drawn = torch.cat([draw(stage, torch.arange(9), config, step, 0, 1) for step in range(3)])
     assert set(drawn[..., 0].unique().tolist()) == {0, 1, 2, 3, 4} and drawn.max() == 8
 
 
@@ -434,7 +523,7 @@ def test_modern_reads_nothing_twice_before_all_is_read(stage, length, batch_size
     """... but for less than a window. The text is a ring, each epoch cut and shuffled in its own way."""
     config, rows = config_of(stage, block_size=8, grow=0, batch_size=batch_size, grad_accum=2), length // 8
     steps = range(math.ceil(3 * rows / (2 * batch_size)))
-    drawn = torch.cat([stage.draw_batch(torch.arange(length), config, step, 0, 1).flatten(0, 1) for step in steps])
+    drawn = torch.cat([draw(stage, torch.arange(length), config, step, 0, 1).flatten(0, 1) for step in steps])
     assert torch.equal(drawn[:, 1:], (drawn[:, :-1] + 1) % length)
     epochs = drawn[:3 * rows, :-1].reshape(3, -1)
     assert [len(epoch.unique()) for epoch in epochs] == [rows * 8] * 3
@@ -445,13 +534,13 @@ def test_modern_reads_nothing_twice_before_all_is_read(stage, length, batch_size
 def test_rows_grow_until_they_are_as_long_as_the_context(stage, recipe):
     config = config_of(stage, recipe=recipe, block_size=16, batch_size=3, grad_accum=2, grow=2, max_iters=8)
     ids = torch.arange(96)
-    shapes = [tuple(stage.draw_batch(ids, config, step, 0, 1).shape) for step in range(8)]
+    shapes = [tuple(draw(stage, ids, config, step, 0, 1).shape) for step in range(8)]
     assert shapes == [(2, 12, 5)] * 3 + [(2, 6, 9)] * 3 + [(2, 3, 17)] * 2  # as many tokens in each step
-    whole, third = stage.draw_batch(ids, config, 0, 0, 1), config_of(stage, **asdict(config) | dict(batch_size=1))
-    parts = [stage.draw_batch(ids, third, 0, rank, 3).view(8, 5) for rank in range(3)]
+    whole, third = draw(stage, ids, config, 0, 0, 1), config_of(stage, **asdict(config) | dict(batch_size=1))
+    parts = [draw(stage, ids, third, 0, rank, 3).view(8, 5) for rank in range(3)]
     assert torch.equal(torch.stack(parts, dim=1).view(24, 5), whole.view(24, 5))
     if recipe == "modern":  # a step is all of this text, whatever the rows' length
-        drawn = [stage.draw_batch(ids, config, step, 0, 1)[..., :-1].flatten().tolist() for step in range(8)]
+        drawn = [draw(stage, ids, config, step, 0, 1)[..., :-1].flatten().tolist() for step in range(8)]
         assert all(sorted(step) == ids.tolist() for step in drawn)
     assert stage.row_length(config_of(stage, grow=3, block_size=2, max_iters=1), 0) == 1
     assert stage.row_length(config_of(stage, grow=0, block_size=13, max_iters=3), 0) == 13
@@ -529,12 +618,13 @@ def test_the_modern_norm_is_rmsnorm_of_what_is_centred(stage, float64):
 @numeric
 @both_recipes
 def test_no_position_sees_the_future_and_each_sees_the_whole_past(stage, recipe, float64):
-    model, idx = model_of(stage, recipe).eval(), torch.randint(20, (1, 12))
-    before = model(idx)
+    model, idx = model_of(stage, recipe).eval(), torch.randint(4, (1, 12))  # few letters: much returns
+    before = model(idx, recalled=recalled_in(stage, model, idx))
     for position in range(12):
         changed = idx.clone()
         changed[0, position] = (changed[0, position] + 1) % 20
-        differs = ((model(changed) - before).abs() > 1e-10).any(dim=-1)[0]  # rounding in float64 is 1e-15
+        after = model(changed, recalled=recalled_in(stage, model, changed))
+        differs = ((after - before).abs() > 1e-10).any(dim=-1)[0]  # rounding in float64 is 1e-15
         assert differs.tolist() == [False] * position + [True] * (12 - position)
 
 
@@ -707,7 +797,7 @@ def test_a_step_takes_the_gradient_of_the_mean_loss(stage, float64):
     learner = Learner(stage, recipe="classic", learning_rate=0.5, dropout=0.0, grad_accum=3)
     learner.model = model_of(stage, "classic", vocab_size=learner.model.lm_head.out_features, block_size=16)
     learner.optimizers = [torch.optim.SGD(learner.model.parameters(), lr=9.0)]
-    rows = stage.draw_batch(learner.ids, learner.config, 0, 0, 1).flatten(0, 1)
+    rows = stage.draw_batch(learner.data, learner.config, 0, 0, 1).flatten(0, 1)[..., 0]
     logits = learner.model(rows[:, :-1])
     loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
     loss.backward()
@@ -723,7 +813,7 @@ def test_a_step_takes_the_gradient_of_the_mean_loss(stage, float64):
 @both_recipes
 def test_a_model_memorizes_a_text(stage, recipe):
     Path("songs.txt").write_text("Noc nad miastem\n" * 100, encoding="utf-8")
-    metrics = stage.main(tiny(stage, recipe=recipe, max_iters=60, dropout=0, learning_rate=2e-2, temperature=0))
+    metrics = stage.main(tiny(stage, recipe=recipe, recall="", max_iters=120, dropout=0, learning_rate=2e-2, temperature=0))
     assert metrics["val_bpc"] < 0.1
     assert "Noc nad miastem\n" in sample("run")
 
@@ -737,7 +827,7 @@ def test_bits_per_character_worked_out_by_hand(stage):
     model.lm_head.bias.data = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
     tokenizer = importlib.import_module("gpt").CharTokenizer("abc")
     config = config_of(stage, block_size=3, batch_size=2)
-    nats, bits = stage.evaluate(model, tokenizer.encode("cabca"), tokenizer, config, 3)
+    nats, bits = stage.evaluate(model, tokenizer.encode("cabca")[:, None], tokenizer, config, 3)
     assert bits == pytest.approx(7 / 4, rel=1e-5) and nats == pytest.approx(7 / 4 * math.log(2), rel=1e-5)  # in float32
 
 
@@ -748,18 +838,22 @@ def test_each_validation_token_is_predicted_exactly_once(stage, recipe, size, co
     model, ids = model_of(stage, recipe, dropout=0.5, block_size=size), torch.randint(20, (count,), dtype=torch.uint8)
     tokenizer = importlib.import_module("gpt").CharTokenizer("".join(map(chr, range(65, 84))))
     nats = []
+    config = config_of(stage, recipe=recipe, recall="1,3" if recipe == "modern" else "")
+    data = stage.with_recall(ids, config, tokenizer)
+    half = max(1, size // 2)
     for position in range(1, count):  # one at a time, from the start of its window
-        start = (position - 1) // size * size
-        scores = model.eval()(ids[None, start:position].long())[0, -1]
+        start = max(0, -(-(position - size) // half) * half)
+        told = data[None, start:position].long()
+        scores = model.eval()(told[..., 0], recalled=told[..., 1:])[0, -1]
         nats.append(-scores.log_softmax(dim=-1)[int(ids[position])].item())
     for batch in (1, 3, 64):
         config = config_of(stage, block_size=size, batch_size=batch)
-        loss, bits = stage.evaluate(model.train(), ids, tokenizer, config, size)
+        loss, bits = stage.evaluate(model.train(), data, tokenizer, config, size)
         assert loss == pytest.approx(sum(nats) / (count - 1), rel=1e-5) and bits == pytest.approx(loss / math.log(2))
-        assert (loss, bits) == stage.evaluate(model.train(), ids, tokenizer, config, size)
+        assert (loss, bits) == stage.evaluate(model.train(), data, tokenizer, config, size)
         config = config_of(stage, block_size=size, batch_size=batch, eval_iters=2)
-        seen = nats[:2 * batch * size]
-        assert stage.evaluate(model, ids, tokenizer, config, size)[0] == pytest.approx(sum(seen) / len(seen), rel=1e-5)
+        seen = nats[:size + (2 * batch - 1) * half]
+        assert stage.evaluate(model, data, tokenizer, config, size)[0] == pytest.approx(sum(seen) / len(seen), rel=1e-5)
 
 
 def test_training_and_validation_read_their_own_part(stage):
@@ -814,14 +908,16 @@ def test_generate_is_reading_anew_also_past_the_context(stage, recipe, size, flo
     model, prompt = model_of(stage, recipe, block_size=size, dropout=0.5), torch.randint(20, (2, 15))
     for length, how in ((1, dict(temperature=0)), (size, dict(temperature=0)), (15, dict(temperature=0.9, top_k=9, top_p=0.9))):
         generators = [torch.Generator().manual_seed(5) for _ in range(2)]
-        ours = list(stage.generate(model.train(), prompt[:, :length], 30, size, generator=generators[0], **how))
-        seen, theirs = prompt[:, max(0, length - size):length], []
+        ours = list(stage.generate(model.train(), prompt[:, :length], 30, size, generator=generators[0], end=7, **how))
+        text, count, theirs = prompt[:, :length], min(length, size), []  # count: how many positions the model sees
         model.eval()
         for _ in range(30):
-            if seen.size(1) > size:
-                seen = seen[:, -(size // 2):]  # full: the last half is kept
-            theirs.append(stage.draw_token(model(seen)[:, -1], generator=generators[1], **how))
-            seen = torch.cat((seen, theirs[-1][:, None]), dim=1)
+            if count > size:
+                count = size // 2  # full: the last half is kept
+            recalled = recalled_in(stage, model, text, end=7)
+            logits = model(text[:, -count:], recalled=recalled[:, -count:])[:, -1]
+            theirs.append(stage.draw_token(logits, generator=generators[1], **how))
+            text, count = torch.cat((text, theirs[-1][:, None]), dim=1), count + 1
         assert torch.equal(torch.stack(ours), torch.stack(theirs))
 
 

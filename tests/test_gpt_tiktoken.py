@@ -161,14 +161,14 @@ def test_every_text_comes_back(tokenizers, name):
     for kind, tokenizer in tokenizers.items():
         ids = tokenizer.encode(text)
         assert decoded(tokenizer, ids) == text, kind
-        assert tokenizer.count_chars(ids) == len(text), kind
+        assert tokenizer.count_chars(ids).sum() == len(text), kind
         assert ids.tolist().count(tokenizer.end) == text.count(END), kind
 
 
 def comes_back(tokenizers, text):
     for kind, tokenizer in tokenizers.items():
         ids = tokenizer.encode(text)
-        assert decoded(tokenizer, ids) == text and tokenizer.count_chars(ids) == len(text), kind
+        assert decoded(tokenizer, ids) == text and tokenizer.count_chars(ids).sum() == len(text), kind
 
 
 @settings(max_examples=300, deadline=None)
@@ -189,7 +189,7 @@ def test_the_corpus_comes_back_from_every_tokenizer(tokenizers, corpus):
     lengths = {}
     for kind, tokenizer in tokenizers.items():
         ids = tokenizer.encode(corpus)
-        assert decoded(tokenizer, ids) == corpus and tokenizer.count_chars(ids) == len(corpus), kind
+        assert decoded(tokenizer, ids) == corpus and tokenizer.count_chars(ids).sum() == len(corpus), kind
         assert ids.tolist().count(tokenizer.end) == songs, kind
         lengths[kind] = len(ids)
     assert lengths["custom 2000"] < lengths["polish file"] < lengths["bytes"] and lengths["custom 300"] < lengths["bytes"]
@@ -217,13 +217,13 @@ def test_lines_encoded_side_by_side_are_what_they_are_together(tokenizers, corpu
 
 
 def test_numbers_are_kept_in_a_small_type():
-    for size, dtype in ((2**16, torch.uint16), (2**16 + 1, torch.int32)):
+    for size, dtype in ((2**16 - 1, torch.uint16), (2**16, torch.int32)):
         source = json.loads(bytes_and())
         source["model"]["vocab"] |= {"x" * 4 + str(i): i for i in range(257, size)}
         tokenizer = BPETokenizer(json.dumps(source))
         ids = tokenizer.encode("aż\n")
         assert tokenizer.vocab_size == size and ids.dtype == dtype and tokenizer.encode("").dtype == dtype
-        assert ids.tolist() == list("aż\n".encode()) and tokenizer.count_chars(ids) == 3
+        assert ids.tolist() == list("aż\n".encode()) and tokenizer.count_chars(ids).sum() == 3
 
 
 def test_a_tokenizer_is_its_state_again(tokenizers):
@@ -943,7 +943,7 @@ def test_a_pruned_vocabulary_keeps_what_is_seen(tokenizers, corpus):
         val_ids, val_pruned = whole.encode(val_text), pruned.encode(val_text)
         spelt = [len(whole.pieces[i]) for i in val_ids.tolist() if i not in used]
         assert len(val_pruned) == len(val_ids) - len(spelt) + sum(spelt), kind
-        assert pruned.count_chars(val_pruned) == len(val_text), kind
+        assert pruned.count_chars(val_pruned).sum() == len(val_text), kind
     assert tokenizers["tiktoken, pruned"].vocab_size < 8_000 < tokenizers["tiktoken"].vocab_size
 
 
@@ -1017,12 +1017,12 @@ def test_bits_per_character_worked_out_by_hand(size):
     config = gpt_tiktoken.make_config(dict(block_size=size, batch_size=1, dtype="float32"), CPU)
     model = uniform(tokenizer, size)
     ids = tokenizer.encode(f"{END}ab ba\nżab")  # the first is there to be read, not to be predicted
-    assert gpt_tiktoken.evaluate(model, ids, tokenizer, config, size) == pytest.approx(
+    assert gpt_tiktoken.evaluate(model, ids[:, None], tokenizer, config, size) == pytest.approx(
         (math.log(258), 8 * math.log2(258) / 9), rel=1e-5)  # in float32
     model.lm_head.bias.data[tokenizer.end] = 50.0  # sure that the song ends
     for text, nats, chars in ((END + END, 0, 2), ("a" + END, 50, 2), (END + "ab", 50, 3)):
         ids = tokenizer.encode(END + text)
-        assert gpt_tiktoken.evaluate(model, ids, tokenizer, config, size) == pytest.approx(
+        assert gpt_tiktoken.evaluate(model, ids[:, None], tokenizer, config, size) == pytest.approx(
             (nats / 2, nats / math.log(2) / chars), rel=1e-5, abs=1e-6)
 
 
@@ -1043,8 +1043,7 @@ def test_both_stages_validate_on_the_same_characters(text, monkeypatch):
                                         for prune in ({}, dict(prune_vocab=True)))):
         counted.clear()
         stage.main(argv(**test_gpt.TINY | common | options | dict(run_dir=f"{stage.__name__}{len(options)}", eval_interval=9)))
-        totals.add(sum(counted[:len(counted) // 2]))  # evaluated twice: at the start and at the end
-        assert sum(counted) == 2 * sum(counted[:len(counted) // 2])
+        totals.add(sum(chars.sum().item() for chars in counted) / 3)  # at the start, at the end, and by repetition
     assert totals == {len(gpt.split_corpus(gpt.read_corpus("songs.txt"))[1])}
     assert gpt_tiktoken.split_corpus(gpt_tiktoken.read_corpus("songs.txt")) == gpt.split_corpus(gpt.read_corpus("songs.txt"))
 
@@ -1120,7 +1119,7 @@ def test_evaluation_leaves_no_gradients_and_gives_the_same_loss(recipe):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_sliced_loss_in_mixed_precision(recipe, dtype):
     """The head stays in float32, so the loss is as exact as what comes into it; a gradient scaler's factor passes through."""
-    model, idx = test_gpt.model_of(gpt_tiktoken, recipe), torch.randint(20, (4, 12))
+    model, idx = test_gpt.model_of(gpt_tiktoken, recipe, recall=""), torch.randint(20, (4, 12))
     with torch.autocast("cpu", dtype):
         loss = model(idx, idx)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)

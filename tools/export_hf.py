@@ -114,6 +114,8 @@ def export(source: str, target: str):
     saved = load_checkpoint(str(path))
     if saved["config"]["recipe"] == "classic":
         raise Stop("no Hugging Face class holds classic's head bias: train with --recipe modern")
+    if saved["config"]["recall"]:
+        raise Stop('no Hugging Face class recalls: train with --recall ""')
     if saved["tokenizer"]["keep"] is not None:
         raise Stop("no tokenizer file holds a pruned vocabulary: train without --prune_vocab")
     parent = next(parent for parent in folder.parents if parent.exists())
