@@ -734,7 +734,11 @@ def average(number: float) -> float:
 def join_processes(facts: dict):
     """Meet the other processes of this run. Stop if they differ in the text or in an option."""
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in facts["device"] else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in facts["device"] else "gloo")
+        except (ValueError, RuntimeError) as e:  # an address that is missing, or taken
+            reason = str(e).partition("\n")[0]
+            raise Stop(f"the processes do not find each other ({reason}): start them with torchrun") from None
         everybodys = [None] * WORLD
         dist.all_gather_object(everybodys, facts | dict(device=""))
         if any(other != everybodys[0] for other in everybodys):

@@ -40,7 +40,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 # transformers and datasets take seconds to import: where they are used, so that --help does not wait.
@@ -114,18 +114,21 @@ def load_pretrained(source: str, device, revision: str = "", offline: bool = Tru
 
     where = dict(revision=revision or None, local_files_only=offline, trust_remote_code=False)
     settings = AutoConfig.from_pretrained(source, **where)
+    check_settings(source, settings)
     if getattr(settings, "activation_function", "") == "gelu_new":
         settings.activation_function = "gelu_pytorch_tanh"  # the same in one kernel: faster, smaller
-    tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    tokenizer = library(AutoTokenizer.from_pretrained, source, **where)
     # In the 16 bits that some models come in, small steps would be rounded away.
     model, report = AutoModelForCausalLM.from_pretrained(
-        source, config=settings, dtype=torch.float32, output_loading_info=True, **where)
+        source, config=settings, dtype=torch.float32, ignore_mismatched_sizes=True,
+        output_loading_info=True, **where)
+    check_loaded(source, report)
     model.tie_weights()  # transformers before 5.4 leaves apart what a .bin file holds twice
     model.config.use_cache = True  # to generate; the Trainer switches it off, and saves that
     end = tokenizer.eos_token_id
     if end is None:
         end = model.config.eos_token_id
-    check_pretrained(source, model, tokenizer, end, report["missing_keys"])
+    check_pretrained(source, model, tokenizer, end)
     context = getattr(settings, "max_position_embeddings", None) or sys.maxsize
     return Pretrained(model.to(device), tokenizer, end, context)
 
@@ -172,7 +175,7 @@ def encode(text: str, base: Pretrained) -> tuple[list[int], bool]:
     """
     ids, exact = [], True
     for song in text.split(END):
-        new = base.tokenizer(song, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        new = library(base.tokenizer, song, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         exact &= base.tokenizer.decode(new, clean_up_tokenization_spaces=False) == song
         ids += [*new, base.end]
     return ids[:-1], exact  # an end stands between two songs
@@ -255,7 +258,7 @@ def is_done(history: list[dict], config: Config) -> bool:
 
 # -------------------------------------------------------------------------------------- fine-tuning
 class ExactTrainer:
-    """Three methods for transformers' Trainer; fine_tune mixes them in. The rest is the Trainer's work.
+    """Four methods for transformers' Trainer; fine_tune mixes them in. The rest is the Trainer's work.
 
     It shuffles the blocks, takes the steps, and after each epoch evaluates and saves a checkpoint, of
     which it keeps the last and the best. Continued from one, a run goes the same way to the last bit.
@@ -308,6 +311,14 @@ class ExactTrainer:
         if is_done(history, self.config):
             self.control.should_training_stop = True
         return dict(eval_loss=val_loss)
+
+    def _save_checkpoint(self, *args):
+        """Write a checkpoint and, last, the checksums of its files: where they are missing, it was not finished."""
+        super()._save_checkpoint(*args)
+        average(0.0)  # by now each process has written its part
+        if RANK == 0:
+            folder = Path(self.config.output_dir, f"checkpoint-{self.state.global_step}")
+            write_json(folder / CHECKSUMS, checksums(folder))
 
 
 def fine_tune(config: Config, base: Pretrained, data: Data, facts: dict, checkpoint: str) -> list[dict]:
@@ -475,7 +486,11 @@ def average(number: float) -> float:
 def join_processes(facts: dict):
     """Meet the other processes of this run. Stop if they differ in the text or in an option."""
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in facts["device"] else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in facts["device"] else "gloo")
+        except (ValueError, RuntimeError) as e:  # an address that is missing, or taken
+            reason = str(e).partition("\n")[0]
+            raise Stop(f"the processes do not find each other ({reason}): start them with torchrun") from None
         everybodys = [None] * WORLD
         dist.all_gather_object(everybodys, facts | dict(device=""))
         if any(other != everybodys[0] for other in everybodys):
@@ -612,17 +627,60 @@ def find_pretrained(source: str, device, revision: str = "") -> Pretrained:
         try:
             return load_pretrained(source, device, revision, offline)
         except (*DAMAGED, OSError, ImportError, SafetensorError, StrictDataclassError) as e:
-            reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
+            reason = " ".join(str(e).split())[:200] or type(e).__name__
         if local:
             raise Stop(f"{source} holds no causal language model that can be read ({reason}): "
-                       "name another")
+                       "name another, or make it again")
     raise Stop(f"cannot get {source} ({reason}): go online, or give --model_name a local folder")
 
 
-def check_pretrained(source: str, model, tokenizer, end, missing):
-    """Stop unless it is a whole causal language model with a tokenizer that fits and an end token."""
-    if missing:  # transformers would draw those weights at random
-        raise Stop(f"{source} is incomplete ({min(missing)} is missing): name another model")
+def library(call, *args, **options):
+    """What a call of the tokenizers library returns. Stop says what it does not like."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # where the library writes of a panic of its own
+    try:
+        return call(*args, **options)
+    except BaseException as e:  # it raises nothing narrower, and a panic is not even an Exception
+        if type(e) is not Exception and type(e).__name__ != "PanicException":
+            raise
+        raise Stop(f"no tokenizer ({e}): take another") from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+def check_settings(source: str, settings):
+    """Stop if the model that config.json describes is far larger than its weights: it would take all memory."""
+    from transformers import AutoModelForCausalLM
+
+    layers = getattr(settings, "num_hidden_layers", 1)
+    if layers > 1000:
+        raise Stop(f"config.json in {source} asks for {layers} layers: name another model")
+    with torch.device("meta"):  # shapes without memory
+        params = AutoModelForCausalLM.from_config(settings).num_parameters()
+    files = [path for path in Path(source).glob("*") if path.suffix in (".safetensors", ".bin")]
+    held = sum(path.stat().st_size for path in files)  # a parameter takes a byte or more
+    if files and params > held:
+        raise Stop(f"config.json in {source} asks for {params:,} parameters, but its weights are {held:,} bytes "
+                   "(cut, a Git LFS pointer, a page?): name another model, or fetch it again")
+
+
+def check_loaded(source: str, report: dict):
+    """Stop unless the weights are those that config.json describes: others would be drawn at random, or left out."""
+    constants = ".masked_bias", "position_ids", ".inv_freq"  # older files, papuGaPT2's too, hold what is computed now
+    names = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"]),
+             *(name for name in report["unexpected_keys"] if not name.endswith(constants))}
+    if names:
+        raise Stop(f"the weights in {source} are not those of its config.json ({', '.join(sorted(names)[:3])}; "
+                   f"{len(names)} in all): name another model")
+
+
+def check_pretrained(source: str, model, tokenizer, end):
+    """Stop unless it is a causal language model of numbers, with a tokenizer that fits and an end token."""
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if broken:
+        raise Stop(f"{source} holds weights that are NaN or infinite ({broken[0]}): name another model")
     if not isinstance(end, int):
         raise Stop(f"{source} has no end token (eos_token) to put between songs: name another model")
     # An embedding may have more rows than there are tokens, but not fewer.
@@ -630,16 +688,15 @@ def check_pretrained(source: str, model, tokenizer, end, missing):
     rows = model.get_input_embeddings().num_embeddings
     if top >= rows:
         raise Stop(f"the tokenizer in {source} does not fit: its numbers go up to {top}, "
-                   f"the model's to {rows - 1}")
+                   f"the model's to {rows - 1}: name another model")
     # Two texts that differ in the second token: is the same predicted after the first?
     pairs = torch.tensor([[end, end], [end, (end + 1) % rows]])
     with torch.no_grad():
+        model.train()(pairs)  # with dropout, too
         one, other = model.eval()(pairs).logits[:, 0]
-    if not one.isfinite().all():
-        raise Stop(f"{source} holds weights that are NaN or infinite: name another model")
-    if not torch.allclose(one, other, atol=1e-5):
+    if model.config.is_encoder_decoder or not torch.allclose(one, other, atol=1e-5):
         raise Stop(f"{source} is no causal language model: "
-                   f"{type(model).__name__} sees the future, as BERT does")
+                   f"{type(model).__name__} sees the future, as BERT does: name another")
 
 
 def read_json(path: Path) -> dict:
@@ -651,24 +708,29 @@ def read_json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
+CHECKSUMS = "sha256.json"  # what is written last into a checkpoint
+
+
+def checksums(checkpoint: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a checkpoint, by name."""
+    sums = {}
+    for path in checkpoint.glob("*"):
+        if path.name != CHECKSUMS and path.is_file():
+            with open(path, "rb") as file:
+                sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
 def fault_of(checkpoint: Path) -> str:
-    """The first file of a checkpoint that is missing or damaged; "" if it is whole."""
+    """What is wrong with a checkpoint, such as a file that is missing or of another run; "" if it is whole."""
+    written, found = read_json(checkpoint / CHECKSUMS), checksums(checkpoint)
+    if not written:
+        return f"{CHECKSUMS} is missing, it was not finished"
     ranks = [f"rng_state_{rank}.pth" for rank in range(WORLD)] if WORLD > 1 else ["rng_state.pth"]
-    others = {path.name for path in checkpoint.parent.glob("checkpoint-*/*")} - {"scaler.pt"}  # float16 has one
-    for name in sorted({"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", *ranks, *others}):
-        path = checkpoint / name
-        try:
-            if path.suffix == ".json":
-                content = json.loads(path.read_bytes())
-            elif path.suffix == ".safetensors":
-                safe_open(path, "pt")  # it compares the lengths
-            elif path.suffix in (".pt", ".pth") and zipfile.ZipFile(path).testzip():
-                raise ValueError  # a wrong checksum
-            if name == "trainer_state.json":
-                best_of(content["log_history"])  # raises an error if it is not this script's
-        except FileNotFoundError:
+    for name in sorted({*written, *ranks}):
+        if name not in found:
             return f"{name} is missing"
-        except (*DAMAGED, OSError, SafetensorError):
+        if found[name] != written.get(name):
             return f"{name} is damaged"
     return ""
 
@@ -676,20 +738,23 @@ def fault_of(checkpoint: Path) -> str:
 def last_checkpoint(folder: Path) -> tuple[str, list[dict]]:
     """(the newest whole checkpoint, its history), or ("", []) if none was finished. Stop if all are damaged.
 
-    The Trainer writes straight into checkpoint-N, trainer_state.json last; its get_last_checkpoint
+    The best one has to be whole, too, as the run ends with its model. The Trainer's get_last_checkpoint
     takes what a kill left half written.
     """
-    paths = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
-    finished = [path for path in paths if (path / "trainer_state.json").exists()]
-    finished.sort(key=lambda path: int(path.name[11:]), reverse=True)  # the newest first
+    paths = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    paths.sort(key=lambda path: int(path.name[11:]), reverse=True)  # the newest first
     faults = []
-    for path in finished:
+    for path in paths:
         fault = fault_of(path)
         if not fault:
-            say(f"continuing from {path}" + "".join(f" ({fault})" for fault in faults))
-            return str(path), read_json(path / "trainer_state.json")["log_history"]
+            history = read_json(path / "trainer_state.json")["log_history"]
+            best = folder / f"checkpoint-{best_of(history)['iter']}"
+            fault = fault_of(best) and f"of its best, {best.name}, {fault_of(best)}"
+        if not fault:
+            say(f"continuing from {path}" + f" ({'; '.join(faults)})" * bool(faults))
+            return str(path), history
         faults.append(f"{path.name}: {fault}")
-    if faults:
+    if len(paths) > 1 or paths and (paths[0] / CHECKSUMS).exists():
         raise Stop(f"no checkpoint in {folder} is whole ({'; '.join(faults)}): "
                    "start a new run without --resume")
     say(f"there is no finished checkpoint in {folder}: starting over")
@@ -772,7 +837,7 @@ def run_folder(config: Config, facts: dict):
         write_json(folder / "config.json", dict(facts, options=asdict(config), versions=versions))
         yield
     except FAILURES as e:
-        if any(folder.glob("checkpoint-*/trainer_state.json")):
+        if any(folder.glob(f"checkpoint-*/{CHECKSUMS}")):
             e.add_note("the last good checkpoint is kept")
         e.add_note(f"continue with: python {SCRIPT} --resume --output_dir {config.output_dir!r}")
         raise
@@ -903,7 +968,7 @@ def run(given: dict) -> dict:
     config = make_config(options, data.blocks, history)
     freeze(base.model, config.freeze_layers)
     facts = make_facts(config, base, data, text)
-    join_processes(facts)
+    join_processes(asdict(config) | facts)
     keep_memory()
     with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():
         say(f"{facts['params']:,} parameters on {facts['device']} in {facts['dtype']}; "

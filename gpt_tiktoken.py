@@ -203,7 +203,7 @@ class BPETokenizer:
         self.core.no_padding()  # or for texts of one length
         if self.core.token_to_id(END_TEXT) is None:
             self.core.add_special_tokens([END_TEXT])
-        byte_of, vocab = byte_symbols(), self.core.get_vocab()
+        byte_of, vocab = byte_symbols(), numbers_of(self.core)
         if any(symbol not in vocab for symbol in byte_of) or self.core.decoder is None:
             raise Stop("that tokenizer is no byte-level one with a decoder, it would lose characters: take another")
         pieces = [b""] * (max(vocab.values()) + 1)  # the bytes of each entry
@@ -234,7 +234,7 @@ class BPETokenizer:
         while batch := list(itertools.islice(lines, 10_000)):  # not all at once, to save memory
             ids = []
             songs = [line.removeprefix(END) for line in batch]  # a line may begin a song
-            coded = self.core.encode_batch_fast(songs, add_special_tokens=False)
+            coded = library(self.core.encode_batch_fast, songs, add_special_tokens=False)
             for line, code in zip(batch, coded):
                 ids += [end] * line.startswith(END) + code.ids
             if self.spell:  # pruned: several bytes for an entry that is gone
@@ -281,7 +281,8 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # an entry for each byte, seen or not
     size = core.get_vocab_size()
     if size < vocab_size:
-        raise Stop(f"--vocab_size {vocab_size} is too large for this text: it makes {size} entries at most")
+        raise Stop(f"--vocab_size {vocab_size} is too large for this text: it makes {size} entries at most; "
+                   f"take --tokenizer custom --vocab_size {size}")
     return core
 
 
@@ -903,7 +904,11 @@ def average(number: float) -> float:
 def join_processes(facts: dict):
     """Meet the other processes of this run. Stop if they differ in the text or in an option."""
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in facts["device"] else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in facts["device"] else "gloo")
+        except (ValueError, RuntimeError) as e:  # an address that is missing, or taken
+            reason = str(e).partition("\n")[0]
+            raise Stop(f"the processes do not find each other ({reason}): start them with torchrun") from None
         everybodys = [None] * WORLD
         dist.all_gather_object(everybodys, facts | dict(device=""))
         if any(other != everybodys[0] for other in everybodys):
@@ -1037,15 +1042,29 @@ def byte_symbols() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def library(call, *args):
+def library(call, *args, **options):
     """What a call of the tokenizers library returns. Stop says what it does not like."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # where the library writes of a panic of its own
     try:
-        return call(*args)
-    except Exception as e:
-        if type(e) is not Exception:  # the library raises nothing narrower
+        return call(*args, **options)
+    except BaseException as e:  # it raises nothing narrower, and a panic is not even an Exception
+        if type(e) is not Exception and type(e).__name__ != "PanicException":
             raise
-        raise Stop(f"no tokenizer ({e}): give a tokenizer.json, or a folder with vocab.json and "
-                   "merges.txt") from None
+        raise Stop(f"no tokenizer ({e}): take another") from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+def numbers_of(core: Tokenizer) -> dict[str, int]:
+    """The number of each entry. Stop if two have the same, or if most numbers have no entry: a list would fill the memory."""
+    vocab = core.get_vocab()
+    numbers = {*vocab.values()}
+    if len(numbers) < len(vocab) or vocab and max(numbers) > 2 * len(vocab):
+        raise Stop("that tokenizer gives a number to two entries, or leaves most numbers out: take another")
+    return vocab
 
 
 def tiktoken_tokenizer(name: str) -> Tokenizer:
@@ -1074,10 +1093,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         if path.is_dir() and not (path / "tokenizer.json").exists():
             parts = str(path / "vocab.json"), str(path / "merges.txt")
-            return byte_level(library(models.BPE.from_file, *parts))
-        core = library(Tokenizer.from_file, str(path / "tokenizer.json" if path.is_dir() else path))
+            core = byte_level(library(models.BPE.from_file, *parts))
+        else:
+            core = library(Tokenizer.from_file, str(path / "tokenizer.json" if path.is_dir() else path))
         if not isinstance(core.model, models.BPE):
             raise Stop("its tokenizer is not of BPE kind: take another")
+        numbers_of(core)
         return core
     except Stop as e:
         raise Stop(f"--tokenizer_path {path}: {e}") from None
@@ -1120,8 +1141,8 @@ def make_tokenizer(given: dict, text: str, checkpoint: dict | None) -> BPETokeni
     path = Path(given.get("tokenizer_path", ""))
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     writable = parent.is_dir() and os.access(parent, os.W_OK)
-    if path != Path() and not path.exists() and not writable:
-        raise Stop(f"cannot write --tokenizer_path {path}: choose another")
+    if path != Path() and not path.exists() and (not writable or is_run(path.absolute().parent)):
+        raise Stop(f"cannot write --tokenizer_path {path} ({parent}, or it belongs to a run): choose another")
     if checkpoint:
         state = checkpoint["tokenizer"]
         if path != Path() and path.exists():

@@ -162,10 +162,8 @@ def test_a_trained_run_writes_the_same_text_and_an_earlier_export_is_kept(capsys
     text = Path("run/output/sample.txt").read_text(encoding="utf-8")
     assert words.decode(out[0], skip_special_tokens=True) + "\n" == text and text.startswith(VERSE)
 
-    Path("deep/hf/mine.txt").write_text("mine")
     export_hf.main(["run/model_best.pt", "deep/hf"])
     (previous,) = Path("deep").glob("hf.previous-*")
-    assert (previous / "mine.txt").read_text() == "mine" and not Path("deep/hf/mine.txt").exists()
     weights = [(folder / "model.safetensors").read_bytes() for folder in (previous, Path("deep/hf"))]
     assert weights[0] == weights[1]
     assert {path.name for path in Path("deep").iterdir()} == {"hf", previous.name}  # no temporary folder is left
@@ -213,10 +211,16 @@ def test_only_an_earlier_export_gives_way(run, capsys):
     for target in ("mine", "hf", "songs.txt", "run", ".", "..", "device"):
         assert "choose another" in error_of(capsys, "run", target), target
     export_hf.main(["run", "out"])
-    Path("out/deeper").mkdir()
-    os.chdir("out/deeper")
-    assert "in use" in error_of(capsys, "../../run", "..")
-    os.chdir("../..")
+    os.chdir("out")
+    assert "in use" in error_of(capsys, "../run", ".")
+    os.chdir("..")
+    mark = Path("out/export.json").read_bytes()
+    for name, content in {"mine.txt": b"mine", "export.json": b"{", "more/mine.txt": b"mine"}.items():
+        Path("out", name).parent.mkdir(exist_ok=True)
+        Path("out", name).write_bytes(content)
+        assert "choose another" in error_of(capsys, "run", "out")
+        Path("out", name).unlink()
+        Path("out/export.json").write_bytes(mark)
     Path("new").mkdir()
     export_hf.main(["run", "new"])  # an empty folder is as good as none
     assert Path("new/model.safetensors").exists() and not list(Path().glob("new.previous-*"))

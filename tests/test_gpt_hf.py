@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hf_models
+import processes
 import pytest
 import torch
 import transformers
@@ -464,38 +466,93 @@ def test_kills_at_random_moments_change_nothing(made, finished, tmp_path, spawn,
         process.kill()
         process.join()
         argv = resume(tmp_path / "run") if (tmp_path / "run/config.json").exists() else argv
-        half = [path.name for path in (tmp_path / "run").glob("checkpoint-*") if not (path / "trainer_state.json").exists()]
+        half = [path.name for path in (tmp_path / "run").glob("checkpoint-*") if not (path / "sha256.json").exists()]
         kept = last(tmp_path / "run") or "no checkpoint"
         print(f"run {seed}: killed at {moment[0] or 'any moment'} {moment[1] or ''}; {kept}, half written: {half}")
     assert_as_uninterrupted(tmp_path / "run", gpt_hf.main(argv), finished)
     print(f"run {seed}: the same weights after {steps} steps as uninterrupted")
 
 
-@pytest.mark.parametrize("file, how", [("optimizer.pt", "cut"), ("rng_state.pth", "missing"), ("scheduler.pt", "empty"),
-                                       ("model.safetensors", "cut"), ("trainer_state.json", "cut"), ("config.json", "empty"),
-                                       ("optimizer.pt", "changed"), ("trainer_state.json", "replaced"),
-                                       ("tokenizer.json", "missing"), ("config.json", "missing")])
-def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, capsys, file, how):
-    """Both are damaged: one line. The newest alone: the other is used, and the line says why."""
+@pytest.fixture(scope="module")
+def another(made, tmp_path_factory):
+    """The folder of a run of another model of the same shape, which began with another seed."""
+    out = tmp_path_factory.mktemp("another") / "run"
+    gpt_hf.main(arguments(made, out, "--epochs", "2", "--seed", "7"))
+    return out
+
+
+def harm(checkpoint, file, how, another):
+    """Let a file of a checkpoint be missing, empty, cut in the middle, another run's, or something else."""
+    path = checkpoint / file
+    content = path.read_bytes()
+    place = len(content) // 2
+    path.unlink()
+    if how != "missing":
+        path.write_bytes({
+            "empty": b"", "cut": content[:place], "another run's": (another / checkpoint.name / file).read_bytes(),
+            "changed": content[:place] + bytes([content[place] ^ 255]) + content[place + 1:],
+            "a page": b"<!DOCTYPE html><title>404</title>"}[how])
+
+
+CHECKPOINT = ["config.json", "model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "tokenizer.json",
+              "trainer_state.json"]
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "cut", "another run's", "changed", "a page"])
+@pytest.mark.parametrize("file", CHECKPOINT)
+def test_a_damaged_checkpoint_is_passed_over(finished, another, tmp_path, capsys, file, how):
+    """The newest is damaged: the other is used, and the line says why. Both are: one line that names each fault."""
     shutil.copytree(finished[1], tmp_path / "run")
     newest, older = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda path: -int(path.name[11:]))
-    for checkpoint in (newest, older):
-        content = (checkpoint / file).read_bytes()
-        (checkpoint / file).unlink()
-        if how != "missing":
-            place = len(content) // 2
-            (checkpoint / file).write_bytes(dict(
-                cut=content[:place], empty=b"", replaced=b'{"log_history": [{"loss": 1}]}',
-                changed=content[:place] + bytes([content[place] ^ 255]) + content[place + 1:])[how])
-        if checkpoint == newest:
-            assert last(tmp_path / "run") == older.name
-            fault = f"{newest.name}: {file} is {'missing' if how == 'missing' else 'damaged'}"
-            assert capsys.readouterr().out == f"continuing from {older} ({fault})\n"
+    same = (newest / file).read_bytes() == (another / newest.name / file).read_bytes()
+    harm(newest, file, how, another)
+    word = "missing" if how == "missing" else "damaged"
+    fault = f"{newest.name}: {file} is {word}"
+    if same and how == "another run's":  # the same tokenizer: nothing is lost
+        assert last(tmp_path / "run") == newest.name
+        return
+    assert last(tmp_path / "run") == older.name
+    assert capsys.readouterr().out == f"continuing from {older} ({fault})\n"
+    harm(older, file, how, another)
+    before = everything_in(tmp_path)
+    status, line = error_of(capsys, resume(tmp_path / "run", "--epochs", "3"))
+    assert status == 2 and "is whole" in line and fault in line and f"{older.name}: {file} is {word}" in line
+    assert "without --resume" in line and everything_in(tmp_path) == before
+
+
+def test_the_run_goes_on_from_the_older_checkpoint_as_it_did(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    os.truncate(tmp_path / "run" / f"checkpoint-{finished[0]['iters']}" / "optimizer.pt", 1000)
+    assert_as_uninterrupted(tmp_path / "run", gpt_hf.main(resume(tmp_path / "run")), finished)
+
+
+def test_a_checkpoint_without_checksums_was_not_finished(finished, tmp_path, capsys):
+    shutil.copytree(finished[1], tmp_path / "run")
+    newest, older = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda path: -int(path.name[11:]))
+    assert json.loads((newest / "sha256.json").read_text()).keys() >= {*CHECKPOINT}
+    (newest / "sha256.json").unlink()
+    assert last(tmp_path / "run") == older.name
+    assert f"({newest.name}: sha256.json is missing, it was not finished)" in capsys.readouterr().out
+    (older / "sha256.json").write_text("[]")  # no kill leaves two such
     status, line = error_of(capsys, resume(tmp_path / "run"))
-    if (file, how) == ("tokenizer.json", "missing"):  # not every tokenizer has that file
-        assert status == 2 and newest.name in line and "can be read" in line
-    else:
-        assert status == 2 and "is whole" in line and file in line and newest.name in line and older.name in line
+    assert status == 2 and "is whole" in line and line.count("sha256.json") == 2
+    shutil.rmtree(newest)
+    (older / "sha256.json").unlink()  # but the first one
+    assert last(tmp_path / "run") == "" and "starting over" in capsys.readouterr().out
+
+
+def test_a_checkpoint_whose_best_is_damaged_is_passed_over(finished, tmp_path, capsys):
+    """The run would end with the best one's model."""
+    shutil.copytree(finished[1], tmp_path / "run")
+    newest, older = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda path: -int(path.name[11:]))
+    state = json.loads((newest / "trainer_state.json").read_text())
+    state["log_history"][1]["val_loss"] = 0.5
+    (newest / "trainer_state.json").write_text(json.dumps(state))
+    (newest / "sha256.json").write_text(json.dumps(gpt_hf.checksums(newest)))
+    assert last(tmp_path / "run") == newest.name
+    (older / "model.safetensors").unlink()
+    status, line = error_of(capsys, resume(tmp_path / "run"))
+    assert status == 2 and f"{newest.name}: of its best, {older.name}, model.safetensors is missing" in line
 
 
 def test_resume_of_a_finished_run_trains_no_more_unless_epochs_grow(finished, tmp_path):
@@ -627,6 +684,40 @@ def test_a_run_that_was_carried_elsewhere_is_continued_there(finished, tmp_path,
 
 
 # ------------------------------------------------------------------------------------------------ bad input
+class Code:
+    """What runs code where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("code_ran",)
+
+
+def packed(content, **options):
+    """The bytes that torch.save writes."""
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+NO_WEIGHTS = {
+    "no_weights": None, "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "page": b"<!DOCTYPE html><title>404</title>", "nothing": b"", "pickle": pickle.dumps(Code()),
+    "code": packed(dict(a=Code())), "old_code": packed(dict(a=Code()), _use_new_zipfile_serialization=False),
+    "a_list": packed([1, 2]), "a_number": packed(7), "numbers_as_names": packed({1: torch.zeros(2)})}
+LARGE = {f"large_{kind}": NO_WEIGHTS[kind] + bytes(200_000) for kind in ("pointer", "page", "pickle")} | {
+    "large_code": packed(dict(a=Code(), b=torch.zeros(50_000)))}
+CONFIGS = {
+    "fewer_layers": dict(n_layer=1), "more_layers": dict(n_layer=3), "no_layers": dict(n_layer=0),
+    "million_layers": dict(n_layer=10**6), "layers": dict(n_layer="two"), "wide": dict(n_embd=10**12),
+    "wider": dict(n_inner=10**8), "odd_head": dict(n_head=3), "other_words": dict(vocab_size=390),
+    "long": dict(n_positions=10**9), "negative": dict(n_positions=-1), "dropout": dict(attn_pdrop=math.nan),
+    "encoder": dict(is_encoder_decoder=True), "list": dict(n_inner=[1])}
+TOKENIZERS = {
+    "panic": lambda content: content["model"].update(continuing_subword_prefix="##"),
+    "late_panic": lambda content: content.update(pre_tokenizer=dict(type="FixedLength", length=0)),
+    "far": lambda content: content["model"]["vocab"].update(far=3_000_000_000),
+    "unknown": lambda content: content.update(normalizer=dict(type="New"))}
+
+
 def broken(made, kind, folder):
     """A model folder with a fault."""
     if kind == "no_end":
@@ -639,7 +730,7 @@ def broken(made, kind, folder):
     file = folder / dict(config="config.json", tokenizer="tokenizer.json").get(kind, "model.safetensors")
     if kind == "nan":
         tensors = load_file(file)
-        tensors["transformer.h.0.mlp.c_fc.weight"][0, 0] = math.nan
+        tensors["transformer.wpe.weight"][-1, -1] = math.nan  # what short texts never read
         save_file(tensors, file, metadata=dict(format="pt"))
     elif kind == "type":
         config = json.loads((folder / "config.json").read_text())
@@ -652,8 +743,17 @@ def broken(made, kind, folder):
         config |= dict(model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"})
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "mine.py").write_text("raise SystemExit('code of a model ran')")
-    elif kind == "no_weights":
+    elif kind in NO_WEIGHTS | LARGE:
         (folder / "model.safetensors").unlink()
+        if kind != "no_weights":
+            (folder / "pytorch_model.bin").write_bytes((NO_WEIGHTS | LARGE)[kind])
+    elif kind in CONFIGS:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | CONFIGS[kind]))
+    elif kind in TOKENIZERS:
+        content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        TOKENIZERS[kind](content)
+        (folder / "tokenizer.json").write_text(json.dumps(content))
     else:
         file.write_bytes(file.read_bytes()[:len(file.read_bytes()) // 2])
     return folder
@@ -661,14 +761,33 @@ def broken(made, kind, folder):
 
 @pytest.mark.parametrize("kind, words", [
     ("no_end", "no end token"), ("big_tokenizer", "does not fit"), ("bert", "no causal language model"),
-    ("cut", "no causal language model that can be read"), ("config", "can be read"), ("foreign", "incomplete"),
-    ("remote_code", "can be read"), ("no_weights", "can be read"), ("tokenizer", "can be read"),
-    ("nan", "NaN"), ("type", "can be read")])
-def test_base_models_that_do_not_work(made, tmp_path, capsys, kind, words):
+    ("cut", "can be read"), ("config", "can be read"), ("foreign", "are not those of its config.json"),
+    ("remote_code", "can be read"), *((kind, "can be read") for kind in LARGE), ("tokenizer", "can be read"), ("nan", "NaN or infinite (transformer.wpe.weight)"),
+    ("type", "can be read"), ("no_weights", "can be read"), *((kind, " bytes (") for kind in NO_WEIGHTS if kind != "no_weights"),
+    ("fewer_layers", "(transformer.h.1.attn.c_attn.weight, transformer.h.1.attn.c_proj.bias, transformer.h.1.attn.c_proj.weight; "
+     "11 in all)"), ("more_layers", "transformer.h.2.attn.c_attn.bias, "), ("no_layers", "22 in all"),
+    ("million_layers", "1000000 layers"), ("layers", "n_layer"), ("wide", "model"), ("wider", "parameters"),
+    ("odd_head", "num_heads"), ("other_words", "wte"), ("long", "parameters"), ("negative", "can be read"), ("list", "n_inner"),
+    ("dropout", "can be read"), ("encoder", "no causal"), *((kind, "tokenizer") for kind in TOKENIZERS)])
+def test_base_models_that_do_not_work(made, tmp_path, capfd, monkeypatch, kind, words):
+    """Neither a line of a library's own, nor a folder that code in the file makes."""
+    monkeypatch.chdir(tmp_path)
     folder = broken(made, kind, tmp_path / "model")
-    status, line = error_of(capsys, arguments(made, tmp_path / "run", "--model_name", str(folder)))
-    assert status == 2 and words in line and str(folder) in line
-    assert not (tmp_path / "run").exists()
+    capfd.readouterr()
+    status, line = error_of(capfd, arguments(made, tmp_path / "run", "--model_name", str(folder)))
+    assert status == 2 and words in line and (str(folder) in line or "no tokenizer" in line) and "another" in line
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_what_is_computed_now_may_stand_in_an_older_file(made, tmp_path):
+    """papuGaPT2's weights hold such constants."""
+    shutil.copytree(made / "gpt2", tmp_path / "old")
+    (tmp_path / "old/model.safetensors").unlink()
+    constants = {f"transformer.h.{i}.attn.{name}": value for i in range(2) for name, value in (
+        ("bias", torch.ones(1, 1, 64, 64).tril()), ("masked_bias", torch.tensor(-1e4)))}
+    torch.save(hf_models.gpt2().state_dict() | constants, tmp_path / "old/pytorch_model.bin")
+    ours, theirs = (load(folder).model.state_dict() for folder in (tmp_path / "old", made / "gpt2"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 FILES = {"empty": b"", "blank": b"\n \n", "zeros": b"abc\0def", "latin": "źdźbło\n".encode("iso-8859-2") * 99,
@@ -765,6 +884,20 @@ def test_the_command_line(monkeypatch, capsys):
     assert seen == [dict(input="assets/input/input2.txt", epochs=3), {}]
 
 
+def test_processes_with_other_options_stop(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+    children = [processes.start(gpt_hf.__file__, arguments(made, "run", "--max_steps", str(rank + 1)), f"out{rank}",
+                                environment=shared | dict(RANK=str(rank))) for rank in range(2)]
+    assert [processes.finish(child) for child in children] == [2, 2]
+    for rank in range(2):
+        (line,) = [line for line in Path(f"out{rank}").read_text("utf-8").splitlines() if not line.startswith("[")]
+        assert line == "error: the processes of this run have different texts or options: give all the same"
+    assert not Path("run").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(made, tmp_path):
     hf_models.save(tmp_path / "base", hf_models.gpt2(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
@@ -789,14 +922,14 @@ def test_a_killed_process_ends_the_other_with_a_whole_checkpoint(made, tmp_path)
     first, second = (subprocess.Popen([sys.executable, gpt_hf.__file__, *argv], stderr=subprocess.PIPE, text=True,
                                       env=dict(shared, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2))
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "run").glob("checkpoint-*/trainer_state.json")):
+    while not list((tmp_path / "run").glob("checkpoint-*/sha256.json")):
         assert time.monotonic() < deadline and first.poll() is second.poll() is None
         time.sleep(0.1)
     second.kill()
     error = first.communicate(timeout=120)[1]
     second.communicate()
     assert first.returncode == 1 and "error: another process of this run is gone" in error and "Traceback" not in error
-    assert list((tmp_path / "run").glob("checkpoint-*/trainer_state.json"))
+    assert list((tmp_path / "run").glob("checkpoint-*/sha256.json"))
 
 
 def test_half_a_character_at_the_end_of_a_prompt_is_left_out():

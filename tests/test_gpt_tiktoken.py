@@ -619,6 +619,16 @@ def test_a_missing_file_that_cannot_be_written_is_found_first(capsys, run):
         assert "cannot write --tokenizer_path file/mine.json" in error
 
 
+def test_a_missing_file_in_the_folder_of_another_run_is_refused(capsys, run):
+    assert "belongs to a run" in no(capsys, tiny(tokenizer_path="run/mine.json", run_dir="new"))
+
+
+def test_the_size_that_a_short_text_allows_is_told_without_network_too(capsys, no_cache):
+    error = no(capsys, tiny(tokenizer="auto"))
+    size = re.search(r"; take --tokenizer custom --vocab_size (\d+)$", error)[1]
+    assert train(vocab_size=int(size))["vocab_size"] == int(size)
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
 def test_a_missing_file_in_a_folder_that_is_read_only_is_found_first(capsys):
     Path("closed").mkdir(mode=0o500)
@@ -656,6 +666,10 @@ def of_kind(kind, **parts):
     return changed(model=dict(type=kind, vocab=vocab, unk_token="[UNK]") | parts)
 
 
+def of_vocab(**more):
+    return of_kind("BPE", vocab=json.loads(bytes_and(("a", "b")))["model"]["vocab"] | more, merges=[["a", "b"]])
+
+
 def fewer_bytes():
     source = json.loads(bytes_and())
     del source["model"]["vocab"]["ł"]
@@ -672,6 +686,10 @@ BAD_TOKENIZERS = {
     "white space is lost": changed(pre_tokenizer=dict(type="Whitespace")), "no bytes are made": changed(pre_tokenizer=None),
     "a space before each line": changed(pre_tokenizer=LEVEL | dict(add_prefix_space=True)),
     "small letters only": changed(normalizer=dict(type="Lowercase")),
+    "two entries of one number": of_vocab(zz=5), "a number far away": of_vocab(zz=3_000_000_000),
+    "most numbers have no entry": of_vocab(zz=1000), "a panic when it is read": of_kind("BPE", continuing_subword_prefix="##"),
+    "another panic": changed(normalizer=dict(type="Precompiled", precompiled_charsmap="AAAA")),
+    "a panic when it cuts": changed(pre_tokenizer=dict(type="FixedLength", length=0)),
     "words": of_kind("WordLevel", vocab=json.loads(bytes_and())["model"]["vocab"] | {"[UNK]": 256}),
 }
 HARMLESS = {
@@ -696,7 +714,8 @@ def test_a_tokenizer_file_that_shortens_fills_or_shuffles_is_read_without_that(n
 
 
 @pytest.mark.parametrize("name", [*BAD_TOKENIZERS, *NOT_BPE])
-def test_a_bad_tokenizer_file_is_refused(name, capsys):
+def test_a_bad_tokenizer_file_is_refused(name, capfd):
+    capsys = capfd  # what the library writes of a panic counts, too
     Path("mine.json").write_bytes((BAD_TOKENIZERS | NOT_BPE)[name])
     for kind in ("auto", "custom", "polish"):
         error = no(capsys, tiny(tokenizer=kind, tokenizer_path="mine.json"))
@@ -713,6 +732,13 @@ def test_a_folder_that_holds_no_tokenizer_is_refused(content, capsys):
         Path("mine", name).write_bytes(raw)
     error = no(capsys, tiny(tokenizer="polish", tokenizer_path="mine"))
     assert "--tokenizer_path mine: no tokenizer (" in error and "merges.txt" in error or "take another" in error
+
+
+def test_a_folder_whose_numbers_are_far_away_is_refused(capsys):
+    Path("mine").mkdir()
+    Path("mine/vocab.json").write_text(json.dumps(json.loads(bytes_and())["model"]["vocab"] | dict(zz=3_000_000_000)))
+    Path("mine/merges.txt").write_text("")
+    assert "most numbers" in no(capsys, tiny(tokenizer="polish", tokenizer_path="mine"))
 
 
 def test_a_polish_file_that_is_not_there_is_refused(capsys):

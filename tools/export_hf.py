@@ -4,7 +4,7 @@
     python gpt_hf.py --model_name assets/exported                      # fine-tune it, on other text
 
 AutoModelForCausalLM and AutoTokenizer read the folder (Qwen3ForCausalLM). It appears once it is whole; an
-earlier export of that name is renamed to FOLDER.previous-<time>, any other folder is left alone.
+earlier export of that name is renamed to FOLDER.previous-<time>; a folder with any other file is left alone.
 """
 
 import argparse
@@ -98,10 +98,13 @@ def write_export(saved: dict, folder: Path):
 
 
 def check_target(folder: Path, source: Path):
-    """Stop unless the folder is new, empty, or an earlier export that nobody works in."""
-    ours = folder.is_dir() and (not any(folder.iterdir()) or (folder / MARK).is_file())
-    if folder.exists() and not ours:
-        raise Stop(f"{folder} exists and is no earlier export: choose another folder")
+    """Stop unless the folder is new, empty, or an earlier export and nothing else."""
+    try:
+        ours = {MARK, *json.loads((folder / MARK).read_bytes())["sha256"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        ours = set()
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= ours):
+        raise Stop(f"{folder} exists and is no earlier export, or holds other files, too: choose another folder")
     if any(place.is_relative_to(folder) for place in (Path.cwd(), source)):
         raise Stop(f"{folder} is in use: choose another folder")
 
