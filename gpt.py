@@ -924,9 +924,10 @@ def form(value):
 
 
 def is_finite(saved: dict) -> bool:
-    """Are the losses and the weights numbers?"""
+    """Are the losses, the weights and what the optimizers keep numbers?"""
     losses = torch.tensor([record["val_loss"] for record in saved["history"]])
-    return all(numbers.isfinite().all() for numbers in (losses, *saved["model"].values()))
+    kept = [number for states in saved["optimizers"] for state in states.values() for number in state.values()]
+    return all(numbers.isfinite().all() for numbers in (losses, *saved["model"].values(), *kept))
 
 
 def check_checkpoint(saved: dict):
@@ -1257,7 +1258,7 @@ def main(argv=None) -> dict:
         message = next((line for sign, line in KNOWN.items() if sign in message), None)
         if not message:
             raise failure
-    line = "; ".join([message, *getattr(failure, "__notes__", ())])
+    line = "; ".join([message, *getattr(failure, "__notes__", ())]).replace("\n", " ")
     print(line if status == 130 else f"error: {line}", file=sys.stderr)
     raise SystemExit(status)
 

@@ -23,6 +23,7 @@ import pickle
 import re
 import shutil
 import sys
+import tempfile
 import time
 import unicodedata
 import warnings
@@ -130,7 +131,14 @@ def load_pretrained(source: str, device, revision: str = "", offline: bool = Tru
         end = model.config.eos_token_id
     check_pretrained(source, model, tokenizer, end)
     context = getattr(settings, "max_position_embeddings", None) or sys.maxsize
-    return Pretrained(model.to(device), tokenizer, end, context)
+    base = Pretrained(model.to(device), tokenizer, end, context)
+    writes = model.generation_config  # how it generates
+    sample_text(base, Config(prompt="Raz, dwa", max_new_tokens=2), 0)  # does all of it work together?
+    model.generation_config = writes
+    with tempfile.TemporaryDirectory() as folder:  # and can it be saved again?
+        library(tokenizer.save_pretrained, folder)
+        model.config.save_pretrained(folder)
+    return base
 
 
 def freeze(model, count: int):
@@ -1012,7 +1020,7 @@ def main(argv=None) -> dict:
         message = next((line for sign, line in KNOWN.items() if sign in message), None)
         if not message:
             raise failure
-    line = "; ".join([message, *getattr(failure, "__notes__", ())])
+    line = "; ".join([message, *getattr(failure, "__notes__", ())]).replace("\n", " ")
     print(line if status == 130 else f"error: {line}", file=sys.stderr)
     raise SystemExit(status)
 

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import gpt
 import gpt_hf
+import gpt_tiktoken
 
 TINY = ["--block_size", "32", "--batch_size", "4", "--learning_rate", "3e-3", "--max_new_tokens", "20", "--num_samples",
         "2", "--device", "cpu", "--dtype", "float32"]
@@ -882,6 +883,18 @@ def test_the_command_line(monkeypatch, capsys):
     monkeypatch.setattr(gpt_hf, "IN_NOTEBOOK", True)
     gpt_hf.main()
     assert seen == [dict(input="assets/input/input2.txt", epochs=3), {}]
+
+
+@pytest.mark.parametrize("script", [gpt, gpt_tiktoken, gpt_hf])
+def test_a_process_that_is_not_told_where_the_others_are(made, tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--input", str(made / "songs.txt"), "--device", "cpu", "--block_size", "16"]
+    more = {gpt: [], gpt_tiktoken: ["--tokenizer", "custom", "--vocab_size", "300"],
+            gpt_hf: ["--model_name", str(made / "gpt2")]}[script]
+    assert processes.finish(processes.start(script.__file__, argv + more, "out", environment=dict(WORLD_SIZE="2", RANK="0"))) == 2
+    line = Path("out").read_text("utf-8").splitlines()[-1]
+    assert line.startswith("error: the processes do not find each other (") and "MASTER_ADDR" in line and "torchrun" in line
+    assert os.listdir() == ["out"]
 
 
 def test_processes_with_other_options_stop(made, tmp_path, monkeypatch):

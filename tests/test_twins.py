@@ -120,7 +120,7 @@ FINE_TUNING_OWN = {  # what stages 1 and 2 have in these, and what stage 3 has; 
                    "wait, or choose another") from None
         packages = "torch", "transformers", "datasets", "accelerate"
         versions = {name: version(name) for name in packages}
-        if any(folder.glob("checkpoint-*/trainer_state.json")):
+        if any(folder.glob(f"checkpoint-*/{CHECKSUMS}")):
             e.add_note("the last good checkpoint is kept")
         e.add_note(f"continue with: python {SCRIPT} --resume --output_dir {config.output_dir!r}")"""),
 }
