@@ -123,21 +123,14 @@ def load_pretrained(source: str, device, revision: str = "", offline: bool = Tru
     model, report = AutoModelForCausalLM.from_pretrained(
         source, config=settings, dtype=torch.float32, ignore_mismatched_sizes=True,
         output_loading_info=True, **where)
-    check_loaded(source, report)
     model.tie_weights()  # transformers before 5.4 leaves apart what a .bin file holds twice
     model.config.use_cache = True  # to generate; the Trainer switches it off, and saves that
     end = tokenizer.eos_token_id
     if end is None:
         end = model.config.eos_token_id
-    check_pretrained(source, model, tokenizer, end)
     context = getattr(settings, "max_position_embeddings", None) or sys.maxsize
     base = Pretrained(model.to(device), tokenizer, end, context)
-    writes = model.generation_config  # how it generates
-    sample_text(base, Config(prompt="Raz, dwa", max_new_tokens=2), 0)  # does all of it work together?
-    model.generation_config = writes
-    with tempfile.TemporaryDirectory() as folder:  # and can it be saved again?
-        library(tokenizer.save_pretrained, folder)
-        model.config.save_pretrained(folder)
+    check_pretrained(source, base, report)
     return base
 
 
@@ -659,7 +652,7 @@ def library(call, *args, **options):
 
 
 def check_settings(source: str, settings):
-    """Stop if the model that config.json describes is far larger than its weights: it would take all memory."""
+    """Stop if config.json describes a model far larger than its weights: it would fill the memory."""
     from transformers import AutoModelForCausalLM
 
     layers = getattr(settings, "num_hidden_layers", 1)
@@ -670,22 +663,24 @@ def check_settings(source: str, settings):
     files = [path for path in Path(source).glob("*") if path.suffix in (".safetensors", ".bin")]
     held = sum(path.stat().st_size for path in files)  # a parameter takes a byte or more
     if files and params > held:
-        raise Stop(f"config.json in {source} asks for {params:,} parameters, but its weights are {held:,} bytes "
+        raise Stop(f"config.json in {source} asks for {params:,} parameters, its weights are {held:,} bytes "
                    "(cut, a Git LFS pointer, a page?): name another model, or fetch it again")
 
 
-def check_loaded(source: str, report: dict):
-    """Stop unless the weights are those that config.json describes: others would be drawn at random, or left out."""
-    constants = ".masked_bias", "position_ids", ".inv_freq"  # older files, papuGaPT2's too, hold what is computed now
-    names = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"]),
-             *(name for name in report["unexpected_keys"] if not name.endswith(constants))}
-    if names:
-        raise Stop(f"the weights in {source} are not those of its config.json ({', '.join(sorted(names)[:3])}; "
-                   f"{len(names)} in all): name another model")
+def check_pretrained(source: str, base: Pretrained, report: dict):
+    """Stop unless it is a whole causal language model with a tokenizer that fits, and both work.
 
-
-def check_pretrained(source: str, model, tokenizer, end):
-    """Stop unless it is a causal language model of numbers, with a tokenizer that fits and an end token."""
+    report: how the weights in the files differ from those that config.json describes. What is missing
+    would be drawn at random; what is more would be left out, such as the last layers.
+    """
+    model, tokenizer, end, _ = base
+    computed = ".masked_bias", "position_ids", ".inv_freq"  # older files hold such constants, papuGaPT2's, too
+    more = [name for name in report["unexpected_keys"] if not name.endswith(computed)]
+    other = [name for name, *_ in report["mismatched_keys"]]
+    wrong = sorted({*report["missing_keys"], *more, *other})
+    if wrong:
+        raise Stop(f"the weights in {source} are not those of its config.json "
+                   f"({', '.join(wrong[:3])}; {len(wrong)} in all): name another model")
     broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if broken:
         raise Stop(f"{source} holds weights that are NaN or infinite ({broken[0]}): name another model")
@@ -698,13 +693,19 @@ def check_pretrained(source: str, model, tokenizer, end):
         raise Stop(f"the tokenizer in {source} does not fit: its numbers go up to {top}, "
                    f"the model's to {rows - 1}: name another model")
     # Two texts that differ in the second token: is the same predicted after the first?
-    pairs = torch.tensor([[end, end], [end, (end + 1) % rows]])
+    pairs = torch.tensor([[end, end], [end, (end + 1) % rows]], device=model.device)
     with torch.no_grad():
         model.train()(pairs)  # with dropout, too
         one, other = model.eval()(pairs).logits[:, 0]
     if model.config.is_encoder_decoder or not torch.allclose(one, other, atol=1e-5):
         raise Stop(f"{source} is no causal language model: "
                    f"{type(model).__name__} sees the future, as BERT does: name another")
+    writes = model.generation_config  # sample_text sets its own
+    sample_text(base, Config(prompt="Raz, dwa", max_new_tokens=2), 0)
+    model.generation_config = writes
+    with tempfile.TemporaryDirectory() as folder:  # can it be saved again?
+        library(tokenizer.save_pretrained, folder)
+        model.config.save_pretrained(folder)
 
 
 def read_json(path: Path) -> dict:
