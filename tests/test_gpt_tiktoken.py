@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -617,6 +618,17 @@ def test_a_missing_file_that_cannot_be_written_is_found_first(capsys, run):
     for way in ({}, dict(load_url=address("run/model_best.pt"), run_dir="new")):
         error = no(capsys, tiny(tokenizer_path="file/mine.json", **way))
         assert "cannot write --tokenizer_path file/mine.json" in error
+
+
+def test_a_full_disk_leaves_no_half_of_a_tokenizer(capsys):
+    limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        error = refused(gpt_tiktoken, capsys, tiny(tokenizer_path="new.json"), 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "too large" in error and not Path("new.json").exists() and files("run") == {"config.json"}
 
 
 def test_a_missing_file_in_the_folder_of_another_run_is_refused(capsys, run):
