@@ -758,7 +758,8 @@ def last_checkpoint(folder: Path) -> tuple[str, list[dict]]:
         if not fault:
             history = read_json(path / "trainer_state.json")["log_history"]
             best = folder / f"checkpoint-{best_of(history)['iter']}"
-            fault = fault_of(best) and f"of its best, {best.name}, {fault_of(best)}"
+            lacks = fault_of(best) if best != path else ""
+            fault = lacks and f"of its best, {best.name}, {lacks}"
         if not fault:
             say(f"continuing from {path}" + f" ({'; '.join(faults)})" * bool(faults))
             return str(path), history
