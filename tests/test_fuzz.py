@@ -164,7 +164,8 @@ def change(data, tree, found):
             value.flatten()[0].expand(value.shape), torch.zeros(7)]))
     elif how == "another's":
         other, name = data.draw(st.sampled_from(found))
-        inside[key] = other[name] if name in (other if isinstance(other, dict) else range(len(other))) else None
+        there = name in (other if isinstance(other, dict) else range(len(other)))
+        inside[key] = copy.deepcopy(other[name]) if there else None  # a copy: no value holds itself
     elif how == "left out":
         del inside[key]
     elif how == "once more" and isinstance(inside, list):
@@ -176,7 +177,7 @@ def change(data, tree, found):
 
 
 def mutated_tree(data, tree):
-    """The same with one to three changes; the same object where nothing loops."""
+    """A copy with one to three changes."""
     tree = copy.deepcopy(tree)
     found = list(places(tree))
     for _ in range(data.draw(st.integers(1, 3))):
