@@ -187,7 +187,8 @@ class Data(NamedTuple):
     text: str  # the training text
     tokens: int  # how many it makes
     blocks: Any  # to train on: a Dataset of rows of block_size tokens
-    val: torch.Tensor  # the validation text, (tokens + 1,): the first is only there to be read
+    val_text: str
+    val: torch.Tensor  # its tokens, (tokens + 1,): the first is only there to be read
     part: torch.Tensor  # as many characters of the training text: what is memorized shows there
     chars: int | None  # in each of the two; None if the tokenizer loses some
 
@@ -214,33 +215,40 @@ def prepare(text: str, base: Pretrained, block_size: int) -> Data:
         text=train_text, tokens=len(train),
         # The same twice: the model itself compares what it predicts with the next label.
         blocks=Dataset.from_dict(dict(input_ids=rows, labels=rows)).with_format("torch"),
-        val=torch.tensor([train[-1], *val]), part=torch.tensor([base.end, *part]),
+        val_text=val_text, val=torch.tensor([train[-1], *val]), part=torch.tensor([base.end, *part]),
         chars=len(val_text) if train_exact and val_exact else None)
 
 
 # --------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def evaluate(model, ids, chars: int | None, config: Config) -> tuple[float, float | None]:
-    """(nats per token, bits per character or None) over all tokens but the first, each predicted once.
+def token_losses(model, ids, config: Config, rank: int = 0, world: int = 1) -> torch.Tensor:
+    """Nats of each token but the first, each predicted once, of process `rank`'s share: shape (tokens,).
 
-    Consecutive windows that overlap by one token, in batches that do not depend on --batch_size:
-    the same model always gets the same figure. `chars`: how many characters the tokens stand for.
+    Consecutive windows that overlap by one token, in batches that do not depend on --batch_size.
     """
     model.eval()
-    size, device = config.block_size, model.device
+    size, device, losses = config.block_size, model.device, [torch.zeros(0)]
     lacking = -(len(ids) - 1) % size  # tokens that the last window is short of
     inputs = F.pad(ids[:-1], (0, lacking)).view(-1, size)
     targets = F.pad(ids[1:], (0, lacking), value=-100).view(-1, size)  # -100: no token there
     rows = max(1, 1024 // size)
     batches = list(zip(inputs.split(rows), targets.split(rows)))
-    nats = tokens = 0.0  # sums
-    for x, y in batches[RANK::WORLD]:  # (B, T) each; every process takes its share
+    for x, y in batches[rank::world]:  # (B, T) each
         with mixed_precision(config.dtype, device):
             logits = model(input_ids=x.to(device), use_cache=False).logits  # (B, T, vocab_size)
         logits = logits.flatten(0, 1).float()  # (B * T, vocab_size)
-        nats += F.cross_entropy(logits, y.to(device).flatten(), reduction="sum").item()
-        tokens += (y >= 0).sum().item()  # the last window may be short
-    nats, tokens = average(nats), average(tokens)
+        nats = F.cross_entropy(logits, y.to(device).flatten(), reduction="none").cpu()
+        losses.append(nats[y.flatten() >= 0])  # the last window may be short
+    return torch.cat(losses).double()
+
+
+def evaluate(model, ids, chars: int | None, config: Config) -> tuple[float, float | None]:
+    """(nats per token, bits per character or None): the same model always gets the same figure.
+
+    `chars`: how many characters the tokens stand for. Every process takes a share.
+    """
+    losses = token_losses(model, ids, config, RANK, WORLD)
+    nats, tokens = average(losses.sum().item()), average(len(losses))
     bits = nats * WORLD / math.log(2)
     return nats / tokens, bits / chars if chars else None
 
@@ -496,6 +504,41 @@ def join_processes(facts: dict):
         dist.all_gather_object(everybodys, facts | dict(device=""))
         if any(other != everybodys[0] for other in everybodys):
             raise Stop("the processes of this run have different texts or options: give all the same")
+
+
+def repeated(text: str) -> torch.Tensor:
+    """For each character: is it in a line of 12 or more that stood in the 3,000 characters before? Case ignored."""
+    marks = torch.zeros(len(text), dtype=torch.bool)
+    for line in re.finditer(rf"[^\n{END}]{{12,}}", text):
+        begin, end = line.span()
+        marks[begin:end] = line[0].lower() in text[max(0, begin - 3000):begin].lower()
+    return marks
+
+
+def by_repetition(base: Pretrained, data: Data, config: Config) -> dict:
+    """Does the model use what it has read? Bits per character in repeated lines and elsewhere, and the lines' share.
+
+    A token belongs where its last character stands. None where there is nothing, or the places are not known.
+    """
+    if not data.chars or not base.tokenizer.is_fast:
+        return dict(refrain_share=None, refrain_bpc=None, other_bpc=None)
+    ends, start = [], 0  # where each token ends in the text
+    for song in data.val_text.split(END):
+        coded = base.tokenizer(song, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        ends += [start + end for _, end in coded["offset_mapping"]]
+        start += len(song) + 1
+        ends.append(start)  # the end of the song
+    ends = torch.tensor(ends[:-1])
+    chars = ends.diff(prepend=torch.tensor([0]))
+    marks = repeated(data.val_text)[(ends - 1).clamp(min=0)]
+    nats = token_losses(base.model, data.val, config)
+
+    def bits(part):
+        count = chars[part].sum().item()
+        return nats[part].sum().item() / (math.log(2) * count) if count else None
+
+    share = chars[marks].sum().item() / chars.sum().item()
+    return dict(refrain_share=share, refrain_bpc=bits(marks), other_bpc=bits(~marks))
 
 
 # --------------------------------------------------------------------------------- options and text
@@ -943,10 +986,14 @@ def finish(config: Config, history: list[dict], facts: dict, data: Data, device)
     shutil.rmtree(folder / "model", ignore_errors=True)
     new.rename(folder / "model")
     rate, longest = copy_rate(texts, data.text)
-    metrics = write_report(config, history, facts, copy_rate=rate, copy_longest=longest)
+    repeats = by_repetition(base, data, config)
+    metrics = write_report(config, history, facts, copy_rate=rate, copy_longest=longest, **repeats)
     name, unit = ("bpc", "bits/char") if data.chars else ("loss", "nats/token")
     before, after = metrics[f"val_{name}_before"], metrics[f"val_{name}"]
     say(f"Validation: {before:.3f} {unit} before, {after:.3f} after" + " (worse!)" * (after > before))
+    if repeats["refrain_bpc"] is not None:
+        say("validation, bits per character: {refrain_bpc:.3f} in lines that stood shortly before "
+            "({refrain_share:.1%}), {other_bpc:.3f} elsewhere".format(**repeats))
     say(f"Copied from the training text: {rate or 0:.1%} of the samples' runs of 8 words, "
         f"{longest} words at a stretch\n-> {folder / 'model'}")
     return metrics

@@ -32,7 +32,8 @@ import gpt_tiktoken
 TINY = ["--block_size", "32", "--batch_size", "4", "--learning_rate", "3e-3", "--max_new_tokens", "20", "--num_samples",
         "2", "--device", "cpu", "--dtype", "float32"]
 KEYS = set("stage params vocab_size chars_per_token tokens_per_vocab_entry val_loss val_bpc best_iter iters seconds "
-           "tokens_per_second device dtype seed val_bpc_before copy_rate copy_longest epochs".split())
+           "tokens_per_second device dtype seed val_bpc_before copy_rate copy_longest epochs "
+           "refrain_share refrain_bpc other_bpc".split())
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +247,16 @@ def test_evaluation_worked_out_by_hand():
     assert gpt_hf.evaluate(model, ids, None, config)[1] is None
     for size in (1, 3, 5, 9):  # the windows do not matter to a model without memory
         assert gpt_hf.evaluate(model, ids, chars, gpt_hf.Config(block_size=size, dtype="float32"))[1] == pytest.approx(bits / 8)
+
+
+@pytest.mark.numeric
+def test_bits_in_repeated_lines_and_elsewhere_make_up_all_bits(finished, made):
+    metrics, _ = finished
+    share = metrics["refrain_share"]
+    marks = gpt_hf.repeated(gpt_hf.split_corpus(gpt_hf.read_corpus(str(made / "songs.txt")))[1])
+    assert share == pytest.approx(marks.double().mean().item(), abs=0.05)
+    parts = [part * (bits or 0) for part, bits in ((share, metrics["refrain_bpc"]), (1 - share, metrics["other_bpc"]))]
+    assert sum(parts) == pytest.approx(metrics["val_bpc"], rel=1e-4)
 
 
 @pytest.mark.numeric
