@@ -546,13 +546,13 @@ class GPTLanguageModel(nn.Module):
     def __init__(self, config: Config, vocab_size: int):
         super().__init__()
         self.modern = config.recipe == "modern"
-        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)  # C numbers for each token
+        self.orders = recall_orders(config)
+        entries = vocab_size + (1 if self.orders else 0)  # the last: nothing is recalled
+        self.token_embedding = nn.Embedding(entries, config.n_embd)  # C numbers for each token
+        self.recall = nn.ModuleList(nn.Linear(config.n_embd, config.n_embd, bias=False) for _ in self.orders)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd, bias=not self.modern)  # before the head
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=not self.modern)
-        # Zero at the start: the model takes from what is recalled as much as helps.
-        self.orders = recall_orders(config)
-        self.recall_embeddings = nn.ModuleList(nn.Embedding(vocab_size + 1, config.n_embd) for _ in self.orders)
         T = config.block_size  # the context
         self.register_buffer("mask", torch.full((T, T), -math.inf).triu(1), persistent=False)
         if self.modern:
@@ -564,8 +564,8 @@ class GPTLanguageModel(nn.Module):
         else:
             self.position_embedding = nn.Embedding(T, config.n_embd)
         self.apply(self.init_weights)
-        for embedding in self.recall_embeddings:
-            nn.init.zeros_(embedding.weight)
+        for matrix in self.recall:  # it takes of what is recalled as much as helps
+            nn.init.zeros_(matrix.weight)
 
     def init_weights(self, module):
         """Small random numbers. modern: a block adds nothing at first, it starts as the identity."""
@@ -585,8 +585,8 @@ class GPTLanguageModel(nn.Module):
         S = past + idx.size(1)  # all positions so far, the last T of them new
         x = self.token_embedding(idx)  # (B, T, C)
         if recalled is not None:
-            for embedding, followed in zip(self.recall_embeddings, recalled.unbind(dim=-1)):
-                x = x + embedding(followed)  # the same for each n
+            for matrix, followed in zip(self.recall, recalled.unbind(dim=-1)):  # for each n
+                x = x + matrix(self.token_embedding(followed))
         rope = self.rope[:, past:S] if self.modern else None
         if not self.modern:
             x = x + self.position_embedding.weight[past:S]
@@ -722,7 +722,7 @@ def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_
     is full, its last half is kept and read again.
     """
     model.eval()
-    memories = [Memory(model.orders, model.token_embedding.num_embeddings, end) for _ in idx]
+    memories = [Memory(model.orders, model.lm_head.out_features, end) for _ in idx]
     seen = torch.empty(len(idx), 0, 1 + len(model.orders), dtype=torch.long, device=idx.device)
     new = idx
     cache, past = {}, 0  # past: how many positions the cache holds

@@ -28,7 +28,7 @@ SHAPE = dict(n_layer=6, n_head=6, n_embd=384, block_size=256)
 def generate_without_cache(model, idx, max_new_tokens, context, *how):
     """Yield tokens as gpt.generate does, each from a fresh look at the whole context."""
     model.eval()
-    none = model.token_embedding.num_embeddings
+    none = model.lm_head.out_features
     for _ in range(max_new_tokens):
         recalled = torch.stack([gpt.recall(idx[0], n, none) for n in model.orders] or [idx[0]], dim=1)[None, -context:]
         token = gpt.draw_token(model(idx[:, -context:], recalled=recalled)[:, -1], *how)

@@ -183,7 +183,7 @@ def draw(stage, ids, *args):
 
 def recalled_in(stage, model, text, end=-1):
     """What is recalled in each row. text: (B, T); result: (B, T, orders)."""
-    none = model.token_embedding.num_embeddings
+    none = model.lm_head.out_features
     found = [[stage.recall(row, n, none, end) for n in model.orders] for row in text]
     return torch.stack([torch.stack(row, dim=-1) if row else text.new_empty(text.size(1), 0) for row in found])
 
@@ -557,7 +557,7 @@ def test_the_original_model_has_its_number_of_parameters(stage):
     counts = [sum(p.numel() for p in stage.GPTLanguageModel(config_of(stage, recipe=recipe, **shape), 158).parameters())
               for recipe in ("classic", "modern")]
     assert counts[0] == 10_860_446
-    assert abs(counts[1] / counts[0] - 1) < 0.02
+    assert abs(counts[1] / counts[0] - 1) < 0.035  # recall has three matrices
 
 
 @numeric
