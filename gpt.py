@@ -1,6 +1,6 @@
 """Stage 1: a GPT built by hand learns to write lyrics, one character at a time.
 
-    python gpt.py            # two cores: 2 to 5 minutes, 2.3 to 2.6 bits/char
+    python gpt.py            # two cores: 2 to 5 minutes, about 2.3 bits/char
     python gpt.py --input assets/input/input2.txt --max_iters 5000
     python gpt.py --resume   # continue after Ctrl-C, a crash or a disconnect
     python gpt.py --sample_only --prompt "Noc nad miastem" --num_samples 3
