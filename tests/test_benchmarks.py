@@ -278,7 +278,7 @@ def test_quality_s_runs_are_command_lines_of_the_scripts():
 
 def test_transfer_compares_fine_tuning_with_training_from_scratch(monkeypatch, capsys, tmp_path, text):
     small = SHAPE | dict(tokenizer="custom", vocab_size=300, sample_interval=0, max_new_tokens=5, device="cpu")
-    monkeypatch.setattr(transfer, "TEACHER", small | dict(eval_interval=2))
+    monkeypatch.setattr(transfer, "TEACHER", small | dict(recall="", eval_interval=2))
     monkeypatch.setattr(transfer, "TUNED", transfer.TUNED | dict(epochs=1, block_size=16, max_new_tokens=5))
     monkeypatch.setattr(transfer, "SCRATCH", {size: small | dict(vocab_size=size) for size in (260, 270)})
     monkeypatch.setattr(transfer, "STEPS", {2000: 3, None: 4})
