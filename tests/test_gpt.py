@@ -70,7 +70,8 @@ def in_float64():
     """Models compute in float64: what two ways of computing round differently stays far below what a fault would change."""
     with pytest.MonkeyPatch.context() as patch:  # AdamW's count of steps stays in float32, as a checkpoint has it
         for optimizer in (torch.optim.Adam, torch.optim.AdamW):  # each has its own in torch 2.6
-            patch.setattr(sys.modules[optimizer.__module__], "_get_scalar_dtype", lambda is_fused=None: torch.float32, raising=False)
+            patch.setattr(sys.modules[optimizer.__module__], "_get_scalar_dtype", lambda is_fused=None: torch.float32,
+                          raising=False)
         torch.set_default_dtype(torch.float64)
         yield
         torch.set_default_dtype(torch.float32)
