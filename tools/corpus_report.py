@@ -1,14 +1,16 @@
-"""Measures a corpus of songs: its size, its words, its rhymes, its repetitions, and what tokenizers make of it.
+"""What to know of a text before training on it: is it enough, how long will it take, which vocabulary fits, is it clean?
 
-    python tools/corpus_report.py assets/input/input2.txt                                # any UTF-8 text
-    python tools/corpus_report.py assets/input/input2.txt --reference poem.txt           # beside another text
+    python tools/corpus_report.py assets/input/input2.txt                                # any UTF-8 text: one screen
+    python tools/corpus_report.py assets/input/input2.txt --details                      # all measures, a line each
+    python tools/corpus_report.py assets/input/input2.txt --reference poem.txt           # the same beside another text
     python tools/corpus_report.py assets/input/input2.txt --reference poem.txt --check   # exit 1 if a limit fails
 
 Takes seconds. Wants morfeusz2, tokenizers and tiktoken; a measure whose package is missing is left out and named.
 
 Songs are separated by a line that holds only `<|endoftext|>` (spaces around it do not matter); that separator with its
 line breaks counts as one character. A *line* is neither blank nor a section header in [brackets]; a *word* is a run of
-letters. The reference is cut at a line end to the length of the file, as most measures depend on how long a text is.
+letters. Lines *rhyme* with one of the four lines before or after them in their song; by chance is what lines that are
+shuffled do. The reference is cut at a line end to the length of the file, as most measures depend on how long a text is.
 
 The rules of sound are no full phonetics: inside a word voiced and voiceless consonants stay as written (babka does not
 rhyme with łapka), so do ą and ę (kąt / front, robię / tobie), and digits are not read out. Sources:
@@ -17,18 +19,24 @@ rhyme with łapka), so do ą and ę (kąt / front, robię / tobie), and digits a
 """
 
 import argparse
+import contextlib
 import importlib.util
+import itertools
 import lzma
+import os
+import random
 import re
+import statistics
 import sys
 import textwrap
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts: how many steps they take
 
 END = "<|endoftext|>"
 VOWELS = "aąeęioóuy"
@@ -37,9 +45,12 @@ POLISH = set("aąbcćdeęfghijklłmnńoóprsśtuwyzźż")
 LETTERS = {"sz": "S", "cz": "C", "dz": "D", "dż": "Ż", "dź": "Ź", "rz": "ż", "ch": "h", "ó": "u", "v": "w", "x": "ks",
            "qu": "kw", "q": "k"}
 SOFT = {"s": "ś", "c": "ć", "z": "ź", "n": "ń", "D": "Ź"}
+NASAL = {"ą": "o", "ę": "e"}  # how the vowel in them sounds
+NEAR = 4  # lines before and after a line that it may rhyme with
 DEVOICED = str.maketrans("bdgwzźżDŹŻ", "ptkfsśScćC")
 
 RICHNESS, KNOWN, DISTINCT_LINES = "distinct words per 10,000 words", "known words (Morfeusz2), %", "distinct lines, %"
+ASSONANCE, REPEATED = "lines with an assonance, %", "lines that stand earlier in their song, %"
 RHYMING, SHARED, XZ = "rhyming lines, %", "longest line shared by songs, characters", "xz bits per character"
 
 
@@ -132,7 +143,7 @@ def training_part(text: str) -> str:
     'Raz dwa trzy'
     """
     songs, total = split_songs(text), len(flatten(text))
-    ends = list(accumulate(len(song) + 1 for song in songs))[:-1]
+    ends = list(itertools.accumulate(len(song) + 1 for song in songs))[:-1]
     best = min(ends, key=lambda end: abs(end - 0.9 * total), default=0)
     if 0.85 * total <= best <= 0.95 * total:
         return join_songs(songs[: ends.index(best) + 1])
@@ -190,52 +201,112 @@ def rhyme_key(line: str) -> str:
     return word[vowels[-2:][0] : vowels[-1] + 1] + word[vowels[-1] + 1 :].translate(DEVOICED) if vowels else ""
 
 
-def rhymes(line: str, other: str) -> bool:
-    """Whether two lines rhyme; a word does not rhyme with itself. Example:
+def assonance_key(line: str) -> str:
+    """What is equal in lines with an assonance, as rap has it: the last word's last two vowels (in a word of one syllable:
+    its vowel), ą as o and ę as e. Example:
+    >>> assonance_key("ciemna kartka"), assonance_key("na klatkach"), assonance_key("kąt"), assonance_key("rok")
+    ('aa', 'aa', 'o', 'o')
+    """
+    return "".join(NASAL.get(sound, sound) for sound in rhyme_key(line) if sound in VOWELS)
+
+
+def rhymes(line: str, other: str, key: Callable[[str], str] = rhyme_key) -> bool:
+    """Whether two lines rhyme, or with key=assonance_key share their last vowels; no word does with itself. Example:
     >>> rhymes("Ciemne morze", "może"), rhymes("to miasto", "za miasto"), rhymes("ulica", "życia")
     (True, False, False)
     """
-    key = rhyme_key(line)
-    return key != "" and key == rhyme_key(other) and last_word(line) != last_word(other)
+    found = key(line)
+    return found != "" and found == key(other) and last_word(line) != last_word(other)
 
 
-def rhyming_share(text: str) -> float:
-    """The share (0 to 1) of lines that rhyme with one of the two lines before or after them in their song. Example:
+def rhyming_lines(song: str, key: Callable[[str], str] = rhyme_key) -> int:
+    """How many lines rhyme with one of the four lines before or after them. Example:
+    >>> rhyming_lines("Zimny blok\\nIdę sam\\nSzybki krok\\nW domu gość")
+    2
+    """
+    ends = [(key(line), last_word(line)) for line in song_lines(song)]
+    return sum(any(found and found == other and word != their_word
+                   for other, their_word in ends[max(0, i - NEAR):i] + ends[i + 1:i + 1 + NEAR])
+               for i, (found, word) in enumerate(ends))
+
+
+def rhyming_share(text: str, key: Callable[[str], str] = rhyme_key) -> float:
+    """The share (0 to 1) of lines that rhyme with a near one in their song. Example:
     >>> rhyming_share("Zimny blok\\nIdę sam\\nSzybki krok\\nW domu gość")
     0.5
     """
-    hits = total = 0
-    for song in split_songs(text):
-        lines = song_lines(song)
-        total += len(lines)
-        for i, line in enumerate(lines):
-            hits += any(rhymes(line, other) for other in lines[max(0, i - 2) : i] + lines[i + 1 : i + 3])
-    return hits / max(1, total)
+    return sum(rhyming_lines(song, key) for song in split_songs(text)) / max(1, len(all_lines(text)))
+
+
+def shuffled(texts: list[str], seed: int) -> list[str]:
+    """The texts with their lines in any order, each line in the place of another; headers and blank lines stay. Example:
+    >>> sorted(shuffled(["Raz\\n\\ndwa"], seed=1)[0].split("\\n"))
+    ['', 'Raz', 'dwa']
+    """
+    lines = [line for text in texts for line in all_lines(text)]
+    random.Random(seed).shuffle(lines)
+    return [join_songs(["\n".join(lines.pop() if song_lines(line) else line for line in song.split("\n"))
+                        for song in split_songs(text)]) for text in texts]
 
 
 # --- measures -----------------------------------------------------------------------------------------------
 
-def known_words_share(text: str) -> float:
-    """The share (0 to 1) of running words that Morfeusz2 knows as they stand or lower-cased; ImportError without it.
+@lru_cache(maxsize=1)
+def analyser():
+    """Morfeusz2's analyser; ImportError without it."""
+    import morfeusz2
+    return morfeusz2.Morfeusz(generate=False)
 
-    Source: [M], which tags what its dictionary lacks as `ign`. Example:
+
+@lru_cache(maxsize=1_000_000)
+def is_known(word: str) -> bool:
+    """Does Morfeusz2 know a word, as it stands or lower-cased? Source: [M], which tags what its dictionary lacks `ign`."""
+    return any(all(tag[2] != "ign" for _, _, tag in analyser().analyse(form)) for form in (word, word.lower()))
+
+
+def known_words_share(text: str) -> float:
+    """The share (0 to 1) of running words that Morfeusz2 knows; ImportError without it. Example:
     >>> known_words_share("Warszawa nocą brzdęgoli, NOC")  # doctest: +SKIP
     0.75
     """
-    import morfeusz2
-
-    analyser = morfeusz2.Morfeusz(generate=False)
-
-    def known(word: str) -> bool:
-        return any(all(tag[2] != "ign" for _, _, tag in analyser.analyse(form)) for form in (word, word.lower()))
-
     counts = Counter(word for line in all_lines(text) for word in words(line))
-    return sum(n for word, n in counts.items() if known(word)) / max(1, counts.total())
+    import morfeusz2  # noqa: F401
+    return sum(n for word, n in counts.items() if is_known(word)) / max(1, counts.total())
 
 
 def distinct_share(lines: list[str]) -> float:
     """Distinct lines over lines. Example: `distinct_share(["la", "la", "la", "a"])` is `0.5`."""
     return len(set(lines)) / max(1, len(lines))
+
+
+def plain(line: str) -> str:
+    """A line without case and marks, to tell whether it is the same again. Example: `plain("Raz, dwa!")` is `"raz dwa"`."""
+    return " ".join(re.findall(r"\w+", line.lower())) or line
+
+
+def repeated_lines(song: str) -> int:
+    """How many lines stand earlier in the same song: refrains. Example: `repeated_lines("La la\\nHej\\nLa, la!")` is `1`."""
+    lines = [plain(line) for line in song_lines(song)]
+    return len(lines) - len(set(lines))
+
+
+def verses(song: str) -> list[list[str]]:
+    """The lines of each verse: what stands between blank lines or headers. Example:
+    >>> verses("[Zwrotka]\\nRaz\\nDwa\\n\\n\\nTrzy\\n")
+    [['Raz', 'Dwa'], ['Trzy']]
+    """
+    found: list[list[str]] = [[]]
+    for line in song.split("\n"):
+        if song_lines(line):
+            found[-1].append(line.strip())
+        elif found[-1]:
+            found.append([])
+    return [verse for verse in found if verse]
+
+
+def headers(song: str) -> int:
+    """How many section headers a song has. Example: `headers("[Refren]\\nTo miasto")` is `1`."""
+    return sum(1 for line in song.split("\n") if line.strip() and not song_lines(line))
 
 
 def longest_shared_line(text: str) -> str:
@@ -247,7 +318,7 @@ def longest_shared_line(text: str) -> str:
     shared = [""]
     for number, song in enumerate(split_songs(text)):
         for line in song_lines(song):
-            home, written = first.setdefault(" ".join(re.findall(r"\w+", line.lower())) or line, (number, line))
+            home, written = first.setdefault(plain(line), (number, line))
             if home != number:
                 shared.append(written)
     return max(shared, key=len)
@@ -324,6 +395,138 @@ def token_measures(text: str) -> tuple[dict[str, float], list[str]]:
     return rows, notes
 
 
+# --- the answers --------------------------------------------------------------------------------------------
+
+SIZES = (500, 1000, 2000, 5000, 10_000, 20_000)  # entries of a vocabulary made of the text
+SAMPLE = 2_000_000  # characters from which characters per token are estimated
+DENSE = 150  # times that an entry should be seen in training: below it bits per character grew (benchmarks/README.md)
+LITTLE, ENOUGH = 50_000, 700_000  # characters
+STEP_SECONDS = 0.07, 0.28  # a step of gpt.py's tiny on two cores: fast bfloat16; AVX2 and float32 (README.md)
+JUNK = {  # what scraped lyrics hold that no song does
+    "Genius leftovers": r"(?im)\d*Embed$|^you might also like|^\d+ contributors?|^see .* live$|^.* lyrics$",
+    "HTML": r"<(?:br|/?[a-z]+)[ /]*>|&(?:amp|quot|lt|gt|nbsp|#\d+);",
+    "addresses": r"https?://|www\.",
+    "wrongly decoded letters": "\ufffd|Ã³|Å[‚›¼º„]|Ä[™…‡]|â€",
+    "odd spaces and invisible marks": "[\u00a0\u00ad\u2000-\u200f\u2028-\u202f\u205f-\u2064\u3000\ufeff]",
+    "words that mix Latin and Cyrillic": r"\b(?=\w*[a-ząćęłńóśźżA-Z])(?=\w*[\u0400-\u04ff])\w+",
+    "lines over 200 characters": r"(?m)^.{201,}$",
+}
+
+
+def junk(text: str) -> dict[str, int]:
+    """How often each kind of junk occurs. Example:
+    >>> junk("Raz &amp; dwa\\n3Embed")
+    {'Genius leftovers': 1, 'HTML': 1}
+    """
+    counts = {name: sum(1 for _ in re.finditer(pattern, text)) for name, pattern in JUNK.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def densities(training: str) -> dict[str, float]:
+    """How often a vocabulary's entry is seen on average in a pass over the training text, by the vocabulary's name."""
+    length, start = len(flatten(training)), cut(training, SAMPLE)
+    scale = length / max(1, len(flatten(start)))
+    found = {"characters": length / (len(set(flatten(training))) + 1)}
+    for size in SIZES:
+        encode, entries = bpe_tokenizer(start, size)
+        if entries < size:  # the text has no more to join
+            break
+        found[f"{size:,}"] = scale * count_tokens(start, encode) / entries
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        encode, entries = gpt2_tokenizer()
+        found[f"gpt2's {entries:,}"] = scale * count_tokens(start, encode) / entries
+    return found
+
+
+def steps(tokens: int) -> tuple[int, int]:
+    """How many steps gpt.py takes by default for a training text of so many tokens: tiny on a CPU, base on a GPU."""
+    import torch
+
+    import gpt
+    return tuple(gpt.make_config(dict(size=size), torch.device(device), tokens).max_iters
+                 for size, device in (("tiny", "cpu"), ("base", "cuda")))
+
+
+def on_training(text: str) -> Iterator[tuple[str, str]]:
+    """Is it enough, how long will it take, which vocabulary fits? As (question, answer)."""
+    length, training = len(flatten(text)), training_part(text)
+    yield "enough?", (
+        f"too little: below {LITTLE:,} characters a model recites or babbles; collect more" if length < LITTLE else
+        f"for a first try: words and form, little sense; {ENOUGH:,} characters and more are better" if length < ENOUGH else
+        "yes: from here on a longer run and a larger model pay, too")
+    try:
+        tiny, base = steps(len(flatten(training)))
+        low, high = (tiny * seconds / 60 for seconds in STEP_SECONDS)
+        yield "time", (f"gpt.py on two cores: {tiny:,} steps, {low:.1f} to {high:.1f} minutes by the processor; on a GPU: "
+                       f"{base:,} steps of base")
+    except ImportError as reason:
+        yield "time", f"left out: {reason}; see requirements.txt"
+    try:
+        seen = densities(training)
+        best = [name for name in seen if seen[name] >= DENSE and name[0].isdigit()]
+        yield "vocabulary", "an entry is seen, a pass: " + "; ".join(f"{name} {times:,.1f}" for name, times in seen.items())
+        yield "", (f"--tokenizer custom --vocab_size {best[-1].replace(',', '')}: the largest with entries seen {DENSE} times"
+                   if best else f"characters (gpt.py): no vocabulary of sub-words has entries that are seen {DENSE} times")
+    except ImportError as reason:
+        yield "vocabulary", f"left out: {reason}; see requirements.txt"
+
+
+def on_songs(text: str) -> Iterator[tuple[str, str]]:
+    """Does it hold songs, and of what form? As (question, answer)."""
+    songs = split_songs(text)
+    sizes = [len(verse) for song in songs for verse in verses(song)]
+    middle, marked = statistics.median(map(len, songs)), sum(1 for song in songs if headers(song))
+    yield "songs", (
+        f"{len(songs):,}, {middle:,.0f} characters in the middle one; {marked:,} with [headers]; "
+        f"{len(sizes) / len(songs):.1f} verses a song, {statistics.mean(sizes or [0]):.1f} lines a verse" if len(songs) > 1 else
+        f"one: a line that holds only {END} would part two songs; without it no model learns where a song ends")
+    low, middle, high = (quantile([syllables(line) for line in all_lines(text)], share) for share in (0.05, 0.5, 0.95))
+    rhyming = [f"{100 * share:.1f} %" for key in (rhyme_key, assonance_key)
+               for share in (rhyming_share(text, key), chance(text, key))]
+    yield "lines", (f"{low} to {high} syllables, {middle} in the middle; {rhyming[0]} rhyme with a near one, {rhyming[1]} "
+                    f"would by chance; with assonances {rhyming[2]}, by chance {rhyming[3]}")
+
+
+def on_cleanness(text: str) -> Iterator[tuple[str, str]]:
+    """What looks like junk, and what is there twice? As (question, answer)."""
+    songs, lines = split_songs(text), all_lines(text)
+    yield "junk", "; ".join(f"{name}: {count:,}" for name, count in junk(text).items()) or "none that this program knows"
+    rare = sum(n < 5 for n in Counter(flatten(text)).values())
+    yield "", f"{rare} characters occur fewer than 5 times: nobody learns those"
+    if importlib.util.find_spec("morfeusz2"):
+        count = sum(len(words(line)) for line in lines)
+        strange = Counter(word.lower() for line in lines for word in words(line) if not is_known(word))
+        names = ", ".join(word for word, _ in strange.most_common(6))
+        yield "", f"{100 * strange.total() / count:.1f} % of the words are unknown to Morfeusz2" + f": {names}" * bool(names)
+    homes = Counter(line for song in songs for line in {plain(line) for line in song_lines(song)})
+    again, shared = sum(map(repeated_lines, songs)), sum(homes[plain(line)] > 1 for line in lines)
+    yield "repeats", (f"{100 * again / len(lines):.1f} % of the lines stand earlier in their song (refrains); "
+                      f"{100 * shared / len(lines):.1f} % in another song, too; "
+                      f"{len(songs) - len({plain(song) for song in songs}):,} songs are there twice")
+
+
+def answers(text: str) -> Iterator[tuple[str, str]]:
+    """What a user wants to know before training, as (question, answer)."""
+    counts = Counter(word.lower() for line in all_lines(text) for word in words(line))
+    yield "the text", (f"{len(flatten(text)):,} characters, {len(all_lines(text)):,} lines, {counts.total():,} words, "
+                       f"{len(counts):,} of them distinct")
+    yield from itertools.chain(on_training(text), on_songs(text), on_cleanness(text))
+
+
+def chance(text: str, key: Callable[[str], str] = rhyme_key) -> float:
+    """The rhyming share of the text with its lines shuffled."""
+    return rhyming_share(shuffled([text], seed=1)[0], key)
+
+
+def screen(name: str, text: str) -> Iterator[str]:
+    """The answers as lines of at most 100 characters: one screen."""
+    yield name
+    for question, answer in answers(text):
+        first, *rest = textwrap.wrap(answer, 86)
+        yield f"{question:12}{first}"
+        yield from (" " * 12 + line for line in rest)
+
+
 # --- report -------------------------------------------------------------------------------------------------
 
 def measure(text: str) -> tuple[dict[str, float], list[str]]:
@@ -341,7 +544,10 @@ def measure(text: str) -> tuple[dict[str, float], list[str]]:
         rows[KNOWN] = 100 * known_words_share(text)
     except ImportError as reason:
         notes.append(f"left out: {KNOWN}: {reason}; see requirements-dev.txt")
-    rows |= {DISTINCT_LINES: 100 * distinct_share(lines), RHYMING: 100 * rhyming_share(text)}
+    rows |= {DISTINCT_LINES: 100 * distinct_share(lines), RHYMING: 100 * rhyming_share(text),
+             f"{RHYMING}, by chance": 100 * chance(text), ASSONANCE: 100 * rhyming_share(text, assonance_key),
+             f"{ASSONANCE}, by chance": 100 * chance(text, assonance_key),
+             REPEATED: 100 * sum(map(repeated_lines, split_songs(text))) / max(1, len(lines))}
     rows |= {f"syllables per line, {name}": quantile(lengths, share)
              for name, share in (("5 %", 0.05), ("median", 0.5), ("95 %", 0.95))}
     token_rows, token_notes = token_measures(text)
@@ -383,9 +589,10 @@ def verdicts(rows: dict[str, float], reference: dict[str, float]) -> Iterator[tu
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the report; returns 1 where --check finds a limit that does not hold, else 0; exits 2 on bad input."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see --help")
     parser.add_argument("file", help="the corpus, UTF-8")
+    parser.add_argument("--details", action="store_true", help="all measures, a line each")
     parser.add_argument("--reference", metavar="FILE", help="a text to compare with, cut to the length of the corpus")
     parser.add_argument("--check", action="store_true", help="check the limits of the sample corpus; needs --reference")
     args = parser.parse_args(argv)
@@ -393,8 +600,19 @@ def main(argv: list[str] | None = None) -> int:
         fail("--check compares with another text: add --reference FILE")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # for a console without Polish letters
-    text, reference = read_corpus(args.file), read_corpus(args.reference) if args.reference else ""
+    try:
+        return report(args)
+    except BrokenPipeError:  # a reader that has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
+
+def report(args) -> int:
+    """See main()."""
+    text, reference = read_corpus(args.file), read_corpus(args.reference) if args.reference else ""
+    if not args.details and not reference:
+        print(*screen(Path(args.file).name, text), sep="\n", flush=True)
+        return 0
     rows, notes = measure(text)
     columns = {Path(args.file).name: rows}
     if reference:
@@ -403,11 +621,8 @@ def main(argv: list[str] | None = None) -> int:
         notes += [f"reference: {note}" for note in more if note not in notes]
         if len(flatten(reference)) < length:
             notes.append("the reference is shorter than the file: figures that depend on length can't be compared")
-    print(*table(columns), *notes, sep="\n")
-    if not args.check:
-        return 0
-    results = list(verdicts(*columns.values()))
-    print("", *(line for _, line in results), sep="\n")
+    results = list(verdicts(*columns.values())) if args.check else []
+    print(*table(columns), *notes, *[""] * args.check, *(line for _, line in results), sep="\n", flush=True)
     return 0 if all(held for held, _ in results) else 1
 
 
