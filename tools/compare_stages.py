@@ -4,12 +4,14 @@
     python tools/compare_stages.py --run --input assets/input/input2.txt --minutes 3   # trains them all first
     python tools/compare_stages.py --run --polish FOLDER --hf MODEL    # with a Polish tokenizer, and stage 3
 
-Writes comparison.md and comparison.png to assets/results (--out), and in a folder for each run its metrics, plot and
-samples. Each run's best model writes 5 samples of 1,000 characters, kept in RUN_DIR/samples: as long as the run stays
-the same, a second call needs no model. --run trains each model in --runs/NAME for about --minutes of training steps
-(evaluations come on top), stages 1 and 2 for at most as many passes over the text as they make by default: a longer
-plan memorizes it. It skips what is finished; stopped or killed, the same command continues. morfeusz2
-(requirements-dev.txt) tells real words; without it that measure is left out.
+Writes comparison.md and three pictures to assets/results (--out), and in a folder for each run its metrics, plot and some
+of its samples. Each run's best model writes 64 texts (--texts) of 2,000 characters, about a song, in batches, each from the
+start of a song; they are kept in RUN_DIR/samples.json: as long as the run stays the same, a second call needs no model.
+--run trains each model in --runs/NAME for about --minutes of training steps (evaluations come on top), stages 1 and 2 for
+at most as many passes over the text as they make by default: a longer plan memorizes it; the long fine-tuning may take five
+times as long. It skips what is finished; stopped or killed, the same command continues. --readme FILE puts the new tables
+and samples between the marks <!-- NAME --> and <!-- /NAME --> of a file. morfeusz2 and pyppmd (requirements-dev.txt) tell
+real words and make a yardstick; without them these are left out.
 """
 
 import argparse
@@ -17,144 +19,92 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import itertools
 import json
 import math
+import os
+import re
 import shutil
-import statistics
 import sys
 import tempfile
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corpus_report as corpus  # noqa: E402
+import measures  # noqa: E402
+import pictures  # noqa: E402
+import yardsticks  # noqa: E402
 
-SAMPLES, LENGTH = 5, 1000  # texts that each model writes, characters of each
-RUN = 8  # words in a row that count as copied
+LENGTH, BATCH, SHOWN = 2000, 32, 8  # characters of a text; texts that are written at a time, and that are published
+DRAW = dict(temperature=0.8, top_k=0, top_p=0.95)  # how all models write: the default of stages 1 and 2
+SEED = 2115
 SCRIPTS = {"char": "gpt", "bpe": "gpt_tiktoken", "hf": "gpt_hf"}  # stage -> script
 SEPARATOR = "\n<|endoftext|>\n"  # between two songs; inside the scripts it is a zero byte
 
 COSTS = {  # what a run's metrics.json says: name -> heading, format
     "params": ("parameters", ",.0f"), "vocab_size": ("vocabulary", ",.0f"), "chars_per_token": ("chars/token", ".2f"),
-    "tokens_per_vocab_entry": ("training tokens per entry", ",.1f"), "val_bpc": ("val bits/char", ".3f"),
+    "tokens_per_vocab_entry": ("density", ",.1f"), "val_bpc": ("bits/char", ".3f"),
     "iters": ("steps", ",.0f"), "epochs": ("epochs", ".1f"), "best_iter": ("best at", ",.0f"), "seconds": ("seconds", ",.0f"),
     "tokens_per_second": ("tokens/s", ",.0f"), "chars_per_second": ("chars/s", ",.0f"), "device": ("device", "")}
-TEXTS = {  # what is measured on a text
-    "real": ("real words, %", ".1f"), "unseen": ("words not in the training text, %", ".1f"),
-    "rhyming": ("rhyming lines, %", ".1f"), "syllables": ("syllables per line: distance", ".2f"),
-    "characters": ("characters per line: distance", ".2f"), "distinct": ("distinct lines, %", ".1f"),
-    "copied": (f"copied runs of {RUN} words, %", ".1f"), "longest": ("longest copied run, words", ".0f")}
-LABELS = COSTS | TEXTS
+REFRAINS = {  # what stages 1 and 2 say of the validation text
+    "refrain_share": ("repeated lines in the validation text, share", ".3f"), "refrain_bpc": ("bits/char in them", ".3f"),
+    "other_bpc": ("bits/char elsewhere", ".3f")}
+CHANCE = {"rhyming_chance": ("shuffled", ".1f"), "assonance_chance": ("shuffled", ".1f"),
+          "longest": ("longest copied run, words", ".0f")}
+LABELS = COSTS | REFRAINS | CHANCE | measures.MEASURES
+SHORT = ("tokens_per_vocab_entry", "val_bpc", "real", "rhyming")  # the README's columns
 
 BPE = ("syllables", "small", "middle", "full", "polish")  # kinds of stage 2, see kinds()
 CLAIMS = (  # claim, kind it speaks of, kinds it compares with, measures: +1 if it says more, -1 if it says less
-    ("Characters master the texture of lines", "char", BPE, {"syllables": -1, "characters": -1}),
+    ("Characters master the texture of lines", "char", BPE, {"syllable_distance": -1, "char_distance": -1}),
     ("Characters master rhyme endings", "char", BPE, {"rhyming": 1}),
     ("On one text, characters guess better than any sub-words", "char", BPE, {"val_bpc": -1}),
     ("50,000 entries starve", "full", ("char", "small", "middle"), {"tokens_per_vocab_entry": -1, "val_bpc": 1}),
     ("A small vocabulary (2k) fragments words", "small", ("full",), {"chars_per_token": -1, "real": -1}),
     ("A Polish tokenizer keeps words whole", "polish", ("small", "middle", "full"), {"chars_per_token": 1, "real": 1}),
     ("Transfer brings meaning (here: real words and a better guess)", "hf", ("char", *BPE), {"val_bpc": -1, "real": 1}),
-    ("4 epochs of fine-tuning speak prose, 50 copy", "hf, long", ("hf, short",), {"copied": 1, "syllables": -1}))
-BPC_MARGIN = 0.02  # bits per character that are called no difference
-NOTE = f"""Measured on {SAMPLES} samples of {LENGTH:,} characters that each run's best model wrote with its script's own
-sampling settings, and on as many evenly spaced excerpts of the validation text. *Real words*: known to Morfeusz2. *Rhyming*:
-with one of the two lines before or after. *Distance*: Wasserstein-1, from the training text's lines; 0 is alike. *Copied*:
-stands in the training text, whatever case and punctuation. ±: standard error over the samples. A claim is *too close* to
-call within two of them, or within {BPC_MARGIN} bits per character."""
+    ("A few epochs of fine-tuning speak prose, many copy", "hf, long", ("hf, short",),
+     {"copied": 1, "syllable_distance": -1}))
+# The least lead that is worth a claim. One that is surely smaller is none.
+WORTH = dict(real=1.0, rhyming=1.0, copied=1.0, syllable_distance=0.1, char_distance=0.3)
+BPC_NOISE = 0.02  # bits per character by which runs of other seeds differ
+NOTES = f"""**How it was measured.** Each run's best model (*last*: its last one) wrote {{texts}} texts of {LENGTH:,}
+characters, each from the start of a song, with temperature {DRAW["temperature"]} and top-p {DRAW["top_p"]}; the validation
+text is cut into as long ones. In parentheses: 95 % intervals by bootstrap over the texts. *Density*: how often an entry of
+the vocabulary is seen in a pass over the training text, on average. *Bits/char*: bits per character of the validation text,
+less is better. *Real words*: known to Morfeusz2. *Rhyming*: with a line at most four before or after it, from the vowel
+before the last one on; *assonance*: the last two vowels. *Shuffled*: the same lines in any order, which is chance.
+*Syllables between neighbours*: by how many two lines that follow each other in a verse differ. *Distance*: Wasserstein-1,
+from the training text's lines; 0 is alike. *Repeated*: the line stands earlier in the same song. *Copied*: stands in the
+training text, whatever case and marks. *Letters by bigrams*: each letter drawn by the one before it."""
+YARDSTICKS = """**Yardsticks.** Kneser-Ney counts which character followed the last five; it stays as it was after the
+training text, as a model does. PPMd and xz compress: their figure is what the validation text adds to the training text's
+size. They keep learning from the validation text while they read it, which a trained model may not."""
+VERDICTS = """A claim *holds* if the whole interval of each lead, over the strongest rival, lies above zero; it *does not hold*
+if one lies below what is worth a claim ({}); else it is *undecided*, with the number of texts that would decide it. Bits per
+character have no texts: there a lead must exceed {} bits, by which seeds differ."""
 TRAINING = {  # what --run trains: name -> options of gpt.py or gpt_tiktoken.py
     "char": {}, **{f"custom_{name}": dict(tokenizer="custom", vocab_size=size)
                    for name, size in (("500", 500), ("2k", 2000), ("5k", 5000))},
     "gpt2": dict(tokenizer="tiktoken"), "gpt2_pruned": dict(tokenizer="tiktoken", prune_vocab=True)}
-
-
-# --- measures -----------------------------------------------------------------------------------------------
-@cache
-def running_words(text: str) -> list[str]:
-    """The lower-cased words of the lines, in their order. Example: `running_words("Raz,\\nDwa!")` is `["raz", "dwa"]`."""
-    return [word.lower() for line in corpus.all_lines(text) for word in corpus.words(line)]
-
-
-def unseen_words_share(text: str, training: str) -> float:
-    """The share (0 to 1) of running words that do not stand in the training text: invented, or only new. Example:
-    >>> unseen_words_share("Noc nad klałkami, noc", "Noc minęła nad miastem")
-    0.25
-    """
-    seen, ours = set(running_words(training)), running_words(text)
-    return sum(word not in seen for word in ours) / max(1, len(ours))
-
-
-def copied(text: str, training: str, length: int = RUN) -> tuple[float, int]:
-    """What stage 3 calls its copy rate: the share (0 to 1) of runs of `length` words that stand in the training text, 0 if
-    the text is too short for one; and the words in the longest run that does. Whatever case and marks; no run joins two
-    songs. Of three runs of two words, `szara noc` and `noc nad` are copied here, `nad wodą` is not:
-    >>> copied("Szara noc\\nnad wodą", "Była szara noc, nad miastem cisza", length=2)
-    (0.6666666666666666, 3)
-    """
-    import gpt_hf  # here, as it takes seconds to import
-    rate, longest = gpt_hf.copy_rate(corpus.split_songs(text), gpt_hf.END.join(corpus.split_songs(training)), length)
-    return rate or 0.0, longest
-
-
-def wasserstein(ours: list[int], theirs: list[int]) -> float:
-    """The Wasserstein-1 distance of two distributions: the area between their cumulative shares, which is how far a line
-    has to grow or shrink on average for one to become the other. Here, half of the lines by two:
-    >>> wasserstein([7, 7], [7, 9])
-    1.0
-    """
-    ours, theirs = sorted(ours), sorted(theirs)
-    return sum((high - low) * abs(bisect_right(ours, low) / len(ours) - bisect_right(theirs, low) / len(theirs))
-               for low, high in itertools.pairwise(sorted({*ours, *theirs})))
-
-
-@cache
-def line_lengths(text: str) -> tuple[list[int], list[int]]:
-    """The syllables and the characters of each line. Example: `line_lengths("Szara noc")` is `([3], [9])`."""
-    lines = corpus.all_lines(text) or [""]
-    return [corpus.syllables(line) for line in lines], [len(line) for line in lines]
-
-
-def measure(text: str, training: str) -> dict[str, float | None]:
-    """All measures of a text beside the training text, by their names in TEXTS; None for what can't be had here."""
-    real = 100 * corpus.known_words_share(text) if importlib.util.find_spec("morfeusz2") else None
-    (ours, our_chars), (theirs, their_chars) = line_lengths(text), line_lengths(training)
-    rate, longest = copied(text, training)
-    return dict(
-        real=real, unseen=100 * unseen_words_share(text, training), rhyming=100 * corpus.rhyming_share(text),
-        syllables=wasserstein(ours, theirs), characters=wasserstein(our_chars, their_chars),
-        distinct=100 * corpus.distinct_share(corpus.all_lines(text)), copied=100 * rate, longest=longest)
-
-
-def measure_samples(texts: list[str], training: str) -> tuple[dict, dict]:
-    """(the measures of all samples together, their standard errors: how far chance moves them, from sample to sample)."""
-    each = [measure(text, training) for text in texts]
-    errors = {name: statistics.stdev(one[name] for one in each) / math.sqrt(len(each))
-              for name in TEXTS if len(each) > 1 and each[0][name] is not None}
-    return measure(corpus.join_songs(texts), training), errors
-
-
-def excerpts(text: str, count: int, length: int) -> list[str]:
-    """Evenly spaced parts, from a line's start on. Example: `excerpts("raz\\ndwa\\ntrzy\\n", 2, 4)`: `["raz\\n", "dwa\\n"]`."""
-    step = len(text) // count
-    return [corpus.cut(text[text.rfind("\n", 0, i * step) + 1:], min(length, step)) for i in range(count)]
+TUNING = {"hf_short": (4, 1), "hf_long": (20, 5)}  # name -> epochs, times --minutes that they may take
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
 @dataclass
 class Run:
-    """A finished run, or with stage "" the validation text as the yardstick."""
+    """A finished run, or with stage "" a text to compare with, or a yardstick."""
     name: str
     folder: Path | None = None
     stage: str = ""
     options: dict = field(default_factory=dict)
     sha256: str = ""
+    last: bool = False  # the last model of a fine-tuning, not the best
     values: dict = field(default_factory=dict)  # metrics and measures by their names in LABELS
-    errors: dict = field(default_factory=dict)  # standard errors of the measures
+    draws: dict = field(default_factory=dict)  # of the bootstrap, by the measures' names
+    curve: list = field(default_factory=list)  # (characters read, bits per character)
     texts: list = field(default_factory=list)
 
 
@@ -175,8 +125,9 @@ def read_setup(folder: Path) -> dict:
     return setup if {"options", "corpus_sha256"} <= setup.keys() else {}
 
 
-def read_run(folder: str) -> Run:
-    """The run in a folder; one that is not there, or not finished, exits 2."""
+def read_run(folder: str) -> list[Run]:
+    """The run in a folder, and if its last model is a worse guess than its best by a tenth of a bit, that as a second one:
+    it has memorized. A run that is not there, or not finished, exits 2."""
     path = Path(folder)
     metrics, setup = read_json(path / "metrics.json"), read_setup(path)
     if metrics.get("stage") not in SCRIPTS or not setup:
@@ -185,7 +136,16 @@ def read_run(folder: str) -> Run:
     metrics.setdefault("epochs", metrics["tokens_per_second"] * metrics["seconds"] / (  # stage 3 says it itself
         metrics["tokens_per_vocab_entry"] * metrics["vocab_size"]))
     metrics["device"] = f"{metrics['device']}, {metrics['dtype']}"
-    return Run(path.resolve().name, path, metrics["stage"], setup["options"], setup["corpus_sha256"], metrics)
+    history = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    read = metrics["chars_per_second"] * metrics["seconds"] / max(1, metrics["iters"])  # characters in a step
+    curve = [(record["iter"] * read, record["val_bpc"]) for record in history if record["val_bpc"] is not None]
+    run = Run(path.resolve().name, path, metrics["stage"], setup["options"], setup["corpus_sha256"], values=metrics,
+              curve=curve)
+    worse = run.stage == "hf" and curve and curve[-1][1] > metrics["val_bpc"] + 0.1
+    if not worse or not (path / f"checkpoint-{metrics['iters']}").is_dir():
+        return [run]
+    values = metrics | dict(val_bpc=curve[-1][1], best_iter=metrics["iters"])
+    return [run, replace(run, name=f"{run.name}, last", last=True, values=values, curve=[])]
 
 
 def read_parts(runs: list[Run], path: str) -> tuple[str, str]:
@@ -195,40 +155,111 @@ def read_parts(runs: list[Run], path: str) -> tuple[str, str]:
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     if others := [run.folder for run in runs if run.sha256 != sha256]:
         corpus.fail(f"{others[0]} did not learn from {path} as it is now: compare runs of one text, and name it with --input")
-    return tuple(part.replace("\0", SEPARATOR) for part in gpt.split_corpus(text))
+    return gpt.split_corpus(text)
 
 
-def write(run: Run) -> Iterator[str]:
-    """Samples: stages 1 and 2 through their script's own --sample_only, stage 3 as many whole songs as it takes."""
-    script, tokens = importlib.import_module(SCRIPTS[run.stage]), math.ceil(LENGTH / run.values["chars_per_token"])
-    tokens += tokens // 2 if run.stage == "bpe" else 0  # a weak model writes shorter tokens than those of the training text
-    if run.stage == "hf":
-        config, songs = script.Config(output_dir=str(run.folder), max_new_tokens=tokens), itertools.count()
-        base = script.find_pretrained(str(run.folder / "model"), script.pick_device(config.device))
-    for number in range(SAMPLES):
-        text = ""
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            while run.stage == "hf" and len(text) < LENGTH:
-                text += script.sample_text(base, config, next(songs)) + SEPARATOR
-            if run.stage != "hf":
-                output = Path(folder, "sample.txt")
-                script.main(["--sample_only", *flags(run_dir=run.folder, output=output, max_new_tokens=tokens, seed=number)])
-                text = output.read_text(encoding="utf-8")
-        yield text
+def excerpts(text: str) -> list[str]:
+    """Parts of a text that are as long as a sample: from each song's start on, where there are songs, else from a line's."""
+    starts = [0, *(match.end() for match in re.finditer(re.escape(SEPARATOR), text))]
+    if len(starts) < 5:
+        count = max(1, len(text) // LENGTH)
+        starts = [text.rfind("\n", 0, i * len(text) // count) + 1 for i in range(count)]
+    kept: list[int] = []
+    for start in starts:  # two may overlap by a fifth
+        if not kept or start >= kept[-1] + 0.8 * LENGTH:
+            kept.append(start)
+    parts = [text[start:start + 2 * LENGTH] for start in kept]
+    whole = [corpus.cut(part, LENGTH) for part in parts if len(corpus.flatten(part)) >= 0.8 * LENGTH]
+    return whole or [corpus.cut(text, LENGTH)]
 
 
-def samples(run: Run) -> list[str]:
-    """What the run's best model writes, from RUN_DIR/samples if that is of this very run."""
-    folder, sha256 = run.folder / "samples", hashlib.sha256((run.folder / "metrics.json").read_bytes()).hexdigest()
-    stamp, paths = folder / "metrics.sha256", [folder / f"{number}.txt" for number in range(1, SAMPLES + 1)]
-    if not all(path.exists() for path in (stamp, *paths)) or stamp.read_text() != sha256:
-        print(f"{run.name}: writing {SAMPLES} samples of {LENGTH:,} characters", flush=True)
-        folder.mkdir(exist_ok=True)
-        stamp.unlink(missing_ok=True)
-        for path, text in zip(paths, write(run)):
-            path.write_text(text[:2 * LENGTH], encoding="utf-8", newline="\n")
-        stamp.write_text(sha256)
-    return [corpus.cut(path.read_text(encoding="utf-8"), LENGTH) for path in paths]
+# --- what they write ----------------------------------------------------------------------------------------
+def write(run: Run, count: int) -> Iterator[str]:
+    """Texts of LENGTH characters or more by stage 1 or 2, a batch of them at a time."""
+    import torch
+    script = importlib.import_module(SCRIPTS[run.stage])
+    saved, device = script.load_checkpoint(f"{run.folder}/model_best.pt"), script.pick_device("auto")
+    config, tokenizer = script.Config(**saved["config"]), script.make_tokenizer({}, "", saved)
+    model = script.GPTLanguageModel(config, tokenizer.vocab_size).to(device)
+    model.load_state_dict(saved["model"])
+    generator = torch.Generator(device).manual_seed(SEED)
+    start = tokenizer.encode(tokenizer.start).long().to(device)
+    for done in range(0, count, BATCH):
+        rows = min(BATCH, count - done)
+        tokens, chars = [], torch.zeros(rows, dtype=torch.long)
+        with script.mixed_precision("float32" if device.type == "cpu" else config.dtype, device):
+            for token in script.generate(model, start.expand(rows, -1), 4 * LENGTH, saved["context"], **DRAW,
+                                         generator=generator, end=tokenizer.end):
+                tokens.append(token.cpu())
+                chars += tokenizer.count_chars(tokens[-1])
+                if chars.min() >= LENGTH:
+                    break
+        for ids in torch.stack(tokens, dim=1).tolist():
+            yield "".join(tokenizer.stream(ids)).replace(script.END, SEPARATOR)
+
+
+def write_songs(script, base, config, count: int) -> list[str]:
+    """One song of stage 3's model a row, in one batch, each up to its end or to config.max_new_tokens. As in sample_text,
+    when the context is full its last half is read again; a row whose song has ended leaves the batch."""
+    import torch
+    base.model.generation_config = script.sampling_settings(config, base.end)
+    songs: list[list[int]] = [[] for _ in range(count)]
+    rows, ids, seen = list(range(count)), torch.full((count, 1), base.end, device=base.model.device), 1
+    while rows and ids.size(1) <= config.max_new_tokens:
+        seen = base.context // 2 if seen >= base.context else seen
+        context = ids[:, -seen:]  # (B, T)
+        room = min(config.max_new_tokens + 1 - ids.size(1), base.context - seen)
+        out = base.model.generate(context, attention_mask=torch.ones_like(context), max_new_tokens=room)
+        new = out[:, seen:]  # (B, new)
+        seen = out.size(1)
+        for row, drawn in zip(rows, new.tolist()):
+            songs[row] += drawn[:drawn.index(base.end)] if base.end in drawn else drawn
+        still = (new != base.end).all(dim=1)
+        ids = torch.cat((ids, new), dim=1)[still]
+        rows = [row for row, goes_on in zip(rows, still.tolist()) if goes_on]
+    return [base.tokenizer.decode(song, clean_up_tokenization_spaces=False) for song in songs]
+
+
+def write_tuned(run: Run, count: int) -> Iterator[str]:
+    """Texts of LENGTH characters or more by stage 3: as many songs as it takes, without a penalty on what repeats."""
+    import torch
+    script = importlib.import_module(SCRIPTS["hf"])
+    config = script.Config(
+        output_dir=str(run.folder), max_new_tokens=math.ceil(1.2 * LENGTH / run.values["chars_per_token"]), **DRAW,
+        repetition_penalty=1.0, no_repeat_ngram_size=0)
+    source = run.folder / (f"checkpoint-{run.values['iters']}" if run.last else "model")
+    base = script.find_pretrained(str(source), script.pick_device(config.device))
+    base.model.eval()
+    torch.manual_seed(SEED)
+    for done in range(0, count, BATCH):
+        texts: list[list[str]] = [[] for _ in range(min(BATCH, count - done))]
+        with script.mixed_precision("float32" if base.model.device.type == "cpu" else config.dtype, base.model.device):
+            while short := [text for text in texts if sum(len(song) + 1 for song in text) < LENGTH]:
+                for text, song in zip(short, write_songs(script, base, config, len(short))):
+                    text.append(song)
+        yield from (SEPARATOR.join(text) for text in texts)
+
+
+def samples(run: Run, count: int) -> list[str]:
+    """What the run's model writes, from RUN_DIR/samples.json if that is of this very run."""
+    path = run.folder / ("samples_last.json" if run.last else "samples.json")
+    key = dict(metrics=hashlib.sha256((run.folder / "metrics.json").read_bytes()).hexdigest(), length=LENGTH, **DRAW)
+    kept = read_json(path)
+    if kept.get("key") != key or len(kept["texts"]) < count:
+        print(f"{run.name}: writing {count} texts of {LENGTH:,} characters", flush=True)
+        texts = (write_tuned if run.stage == "hf" else write)(run, count)
+        kept = dict(key=key, texts=[corpus.cut(text.replace("\r", "\n"), LENGTH) for text in texts])
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(kept, ensure_ascii=False, indent=0), encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    return kept["texts"][:count]
+
+
+def measure(run: Run, training: str):
+    """Add to a run or a text what is measured on its texts."""
+    values, run.draws = measures.measure(run.texts, training)
+    keys = dict(rhyming_chance=corpus.rhyme_key, assonance_chance=corpus.assonance_key)
+    run.values |= values | {name: measures.by_chance(run.texts, key) for name, key in keys.items()}
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -243,7 +274,7 @@ def plans(args) -> Iterator[SimpleNamespace]:
     if args.polish:
         known["polish"] = dict(tokenizer="polish", tokenizer_path=args.polish, size=args.size)
     known |= {name: dict(model_name=args.hf, epochs=epochs, learning_rate=args.hf_rate)
-              for name, epochs in (("hf_short", 4), ("hf_long", 50)) if args.hf}
+              for name, (epochs, _) in TUNING.items() if args.hf}
     for name, options in known.items():
         stage = "hf" if "model_name" in options else "bpe" if "tokenizer" in options else "char"
         yield SimpleNamespace(
@@ -288,6 +319,7 @@ def train(plan, minutes: float) -> list[str]:
             call(plan, **{plan.place: plan.folder}, resume=True, **limits)
         else:
             seconds, most = probe(plan)
+            minutes *= TUNING.get(plan.name, (0, 1))[1]
             steps = max(1, int(60 * minutes / seconds))
             print(f"{plan.name}: {minutes:g} minutes are about {steps:,} steps" + (
                 f"; {most:,.0f} are enough passes over the text" if most < steps else ""), flush=True)
@@ -312,47 +344,59 @@ def kinds(runs: list[Run]) -> dict[str, list[Run]]:
         size = run.values["vocab_size"]
         kind = "polish" if run.options.get("tokenizer") == "polish" else (
             "syllables" if size <= 1000 else "small" if size <= 3000 else "full" if size >= 40_000 else "middle")
-        groups.setdefault(run.stage if run.stage != "bpe" else kind, []).append(run)
+        groups.setdefault("hf, last" if run.last else run.stage if run.stage != "bpe" else kind, []).append(run)
     tuned = sorted(groups.get("hf", []), key=lambda run: run.values["epochs"])
     if tuned and tuned[-1].values["epochs"] >= 2 * tuned[0].values["epochs"]:
-        groups |= {"hf, short": tuned[:1], "hf, long": tuned[-1:]}
+        long = [run for run in groups.get("hf, last", []) if run.folder == tuned[-1].folder]
+        groups |= {"hf, short": tuned[:1], "hf, long": long or tuned[-1:]}
     return groups
 
 
-def judge(ours: Run, others: list[Run], name: str, sign: int) -> tuple[str, str]:
-    """(verdict, figures) of one measure: has ours more (sign +1) or less (-1) of it than every other run, by more than
-    chance, which is two standard errors of the samples, or BPC_MARGIN? 3.1 "more" than 2.5 and 2.7: 2.7 is what counts."""
+def judge(ours: Run, others: list[Run], name: str, sign: int) -> tuple[str, float, str]:
+    """(verdict, texts that would decide it, figures) of one measure: has ours more (sign +1) or less (-1) of it than every
+    other run? Of 3.1 against 2.5 and 2.7 the lead is 0.4, that over the strongest rival."""
     others = [run for run in others if run.values.get(name) is not None]
     if not others or ours.values.get(name) is None:
-        return "", ""
+        return "", 0, ""
     rival = max(others, key=lambda run: sign * run.values[name])
-    lead = sign * (ours.values[name] - rival.values[name])
-    margin = BPC_MARGIN if name == "val_bpc" else 2 * math.hypot(*(run.errors.get(name, 0) for run in (ours, rival)))
-    verdict = "holds" if lead > margin else "falls" if lead < -margin else "too close"
-    return verdict, f"{LABELS[name][0]}: {ours.name} {cell(ours, name)}, {rival.name} {cell(rival, name)}"
+    lead, needed = sign * (ours.values[name] - rival.values[name]), 0.0
+    if name in ours.draws and name in rival.draws:
+        low, high = measures.interval(sign * (ours.draws[name] - rival.draws[name]))
+        verdict = "holds" if low > 0 else "does not hold" if high < WORTH[name] else "undecided"
+        distances = [gap for gap in (lead, WORTH[name] - lead) if gap > 0]  # from the two bounds
+        needed = len(ours.texts) * min((high - low) / 2 / gap for gap in distances) ** 2
+    else:
+        noise = BPC_NOISE if name == "val_bpc" else 0
+        verdict = "holds" if lead > noise else "does not hold" if lead <= 0 else "undecided"
+    return verdict, needed, f"{LABELS[name][0]}: {ours.name} {cell(ours, name)}, {rival.name} {cell(rival, name)}"
 
 
 def claims(runs: list[Run]) -> list[list[str]]:
-    """Each claim with its verdict (falls if any of its measures does, holds if all do) and the figures."""
+    """Each claim with its verdict (does not hold if one of its measures does not, holds if all do) and the figures."""
     groups, rows = kinds(runs), []
-    for claim, subject, rivals, measures in CLAIMS:
+    for claim, subject, rivals, signs in CLAIMS:
         ours, others = groups.get(subject, [])[:1], [run for kind in rivals for run in groups.get(kind, [])]
-        judged = [judge(ours[0], others, name, sign) for name, sign in measures.items()] if ours else []
-        verdict = next((v for v in ("falls", "too close", "holds") if v in dict(judged)), "not tested")
-        rows.append([claim, verdict, "; ".join(figures for _, figures in judged if figures) or "no such runs"])
+        judged = [judge(ours[0], others, name, sign) for name, sign in signs.items()] if ours else []
+        found = {verdict for verdict, _, _ in judged}
+        verdict = next((v for v in ("does not hold", "undecided", "holds") if v in found), "not tested")
+        if verdict == "undecided":
+            needed = max(needed for verdict, needed, _ in judged if verdict == "undecided")
+            verdict += f": {needed:,.0f} texts would decide" if needed else f": within {BPC_NOISE} bits"
+        rows.append([claim, verdict, "; ".join(figures for _, _, figures in judged if figures) or "no such runs"])
     return rows
 
 
 # --- report -------------------------------------------------------------------------------------------------
 def cell(run: Run, name: str) -> str:
-    """A figure as the tables show it, a share with its standard error; – where there is none. Example:
-    >>> cell(Run("", values={"real": 93.21}, errors={"real": 0.84}), "real"), cell(Run(""), "val_bpc")
-    ('93.2 ± 0.8', '–')
+    """A figure as the tables show it, with its interval if it has one; – where there is none. Example:
+    >>> cell(Run("", values={"real": 93.21}, draws={"real": [92.0, 92.0, 94.0, 94.0]}), "real"), cell(Run(""), "real")
+    ('93.2 (92.0 to 94.0)', '–')
     """
-    value, error, how = run.values.get(name), run.errors.get(name), LABELS[name][1]
-    if value is None:
+    value, how = run.values.get(name), LABELS[name][1]
+    if value is None or value != value:
         return "–"
-    return f"{value:{how}}" + (f" ± {error:{how}}" if error is not None and name in ("real", "rhyming", "copied") else "")
+    bounds = measures.interval(run.draws[name]) if name in run.draws else ()
+    return f"{value:{how}}" + (f" ({bounds[0]:{how}} to {bounds[1]:{how}})" if bounds and bounds[0] == bounds[0] else "")
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -361,39 +405,61 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def markdown(runs: list[Run], yardstick: Run, text: str) -> str:
-    """The report: costs, texts, claims, and the beginning of a sample of each run."""
-    costs = [[run.name, *(cell(run, name) for name in COSTS)] for run in runs]
-    texts = [[run.name, *(cell(run, name) for name in TEXTS)] for run in [*runs, yardstick]]
-    parts = ["# Comparison", f"All runs learned from `{text}` and are validated on the same part of it.",
-             table(["run", *(head for head, _ in COSTS.values())], costs), "## What they write",
-             table(["text", *(head for head, _ in TEXTS.values())], texts), NOTE,
-             "![bits per character; real words and copied runs](comparison.png)",
-             "## Claims", table(["claim", "verdict", "figures"], claims(runs)), "## Samples"]
-    for run in [*runs, yardstick]:
-        start = corpus.cut("\n".join(corpus.all_lines(run.texts[0])[:8]), 400)
-        parts.append(f"**{run.name}**\n\n```text\n{start.rstrip()}\n```")
-    return "\n\n".join(parts) + "\n"
+def figures(rows: list[Run], names, first: str = "text") -> str:
+    """The table of these measures."""
+    heads = [first, *(LABELS[name][0] for name in names)]
+    return table(heads, [[run.name, *(cell(run, name) for name in names)] for run in rows])
 
 
-def draw(runs: list[Run], path: Path):
-    """Bars of bits per character, and beside them of real words and copied runs. Colours of Okabe and Ito."""
-    from matplotlib.figure import Figure  # here, as it takes a second to import
-    figure = Figure(figsize=(10, 1.6 + 0.55 * len(runs)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    left.set_yticks(range(len(runs)), [run.name for run in runs])
-    left.invert_yaxis()
-    for axes, name, color, height, shift in ((left, "val_bpc", "#0072B2", 0.7, 0), (right, "real", "#009E73", 0.35, -0.18),
-                                             (right, "copied", "#D55E00", 0.35, 0.18)):
-        shown = {i + shift: run.values[name] for i, run in enumerate(runs) if run.values.get(name) is not None}
-        bars = axes.barh(list(shown), list(shown.values()), height, color=color, label=LABELS[name][0])
-        axes.bar_label(bars, [f"{value:{LABELS[name][1]}}" for value in shown.values()], padding=3)
-        axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.set(xlabel="bits per character on the validation text (less is better)")
-    right.set(xlabel="%, in what they write")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
-    figure.savefig(path, dpi=120)
+def opening(run: Run, lines: int) -> str:
+    """The first lines of a run's first text."""
+    text = run.texts[0].strip("\n").split("\n")
+    return "```text\n" + "\n".join(text[:lines]).rstrip() + "\n```"
+
+
+def blocks(runs: list[Run], texts: list[Run], yards: list[Run]) -> dict[str, str]:
+    """What a README may show, by the name of its place: the short table, the verdicts, a sample of each stage's best run."""
+    found = {"results": figures([*runs, *texts, *yards], SHORT, "run"),
+             "claims": "\n".join(f"- *{claim}*: **{verdict}**. {said}." for claim, verdict, said in claims(runs))}
+    best: dict[str, Run] = {}
+    for run in sorted(runs, key=lambda run: run.values["val_bpc"] or math.inf):
+        if not run.last:
+            best.setdefault(run.stage, run)
+            best.setdefault("first", run)
+    return found | {f"sample {stage}": f"`{run.name}`:\n\n{opening(run, 4 if stage == 'first' else 8)}"
+                    for stage, run in best.items()}
+
+
+def fill(path: Path, parts: dict[str, str]):
+    """Put each part between its marks in a file, where the file has them."""
+    text = path.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"\n<!-- /{name} -->")
+        if mark and end:
+            text = "".join((before, mark, part, end, after))
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def markdown(runs: list[Run], texts: list[Run], parts: dict[str, str], source: str) -> str:
+    """The report: the short table, costs, texts, claims, and the beginning of a text of each run."""
+    written, worth = [*runs, *texts], ", ".join(f"{LABELS[name][0]} {least:g}" for name, least in WORTH.items())
+    sections = [
+        "# Comparison", f"All runs learned from `{source}` and are validated on the same part of it.", parts["results"],
+        NOTES.format(texts=len(runs[0].texts)), YARDSTICKS,
+        "![bits per character while they learn](curves.png)", "![bits per character by density](density.png)",
+        "![rhymes, real words and repeated lines](texts.png)",
+        "## Claims", table(["claim", "verdict", "figures"], claims(runs)), parts["claims"],
+        VERDICTS.format(worth, BPC_NOISE), "## Costs", figures(runs, COSTS, "run")]
+    for heading, names in (
+            ("## Words", ("real", "unseen", "distinct_words", "copied", "longest")),
+            ("## Sound", ("rhyming", "rhyming_chance", "assonance", "assonance_chance")),
+            ("## Lines", ("syllables", "uneven", "syllable_distance", "char_distance")),
+            ("## Songs", ("verse_lines", "song_verses", "headers", "distinct_lines", "repeated"))):
+        sections += [heading, figures(written, names)]
+    sections += ["## What they make of refrains in the validation text", figures(runs, REFRAINS, "run"), "## Samples"]
+    sections += [f"**{run.name}**\n\n{opening(run, 8)}" for run in written]
+    return "\n\n".join([*sections, *(part for name, part in parts.items() if name.startswith("sample"))]) + "\n"
 
 
 # --- main ---------------------------------------------------------------------------------------------------
@@ -409,46 +475,55 @@ def parse_args(argv):
             ("minutes", 3.0, "training time of each model (default: %(default)s)"),
             ("size", "auto", "auto, tiny or base: of the models made from scratch"),
             ("polish", "", "also train on the Polish tokenizer in this file or folder"),
-            ("hf", "", "also fine-tune this model: a Hub name or a folder; 4 epochs, and 50 or what the minutes allow"),
-            ("hf_rate", 1e-4, "learning rate of the fine-tuning (default: %(default)s)")):
+            ("hf", "", "also fine-tune this model: a Hub name or a folder; a few epochs, and many or what the minutes allow"),
+            ("hf_rate", 1e-4, "learning rate of the fine-tuning (default: %(default)s)"),
+            ("texts", 64, "texts that each model writes (default: %(default)s)"),
+            ("readme", "", "also put the tables and samples between the marks in this file")):
         parser.add_argument(f"--{name}", default=default, type=type(default), help=help)
     parser.add_argument("--run", action="store_true", help="train the models first")
     args = parser.parse_args(argv)
-    if not (args.run or args.folders) or not 0 < args.minutes < math.inf:
-        corpus.fail("name run folders to compare, or train some with --run and --minutes above 0")
+    if not (args.run or args.folders) or not 0 < args.minutes < math.inf or args.texts < 2:
+        corpus.fail("name run folders to compare, or train some with --run and --minutes above 0; --texts 2 or more")
     return args
 
 
 def compare(args) -> list[Run]:
-    """Write the report; the runs with all their figures, the validation text last."""
+    """Write the report; the runs with all their figures, then the texts to compare with, the validation text first."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     args.input = args.input or "assets/input/input2.txt" * args.run
     for plan in plans(args) if args.run else ():
         args.folders += train(plan, args.minutes)
-    runs = [read_run(folder) for folder in args.folders]
+    runs = [run for folder in args.folders for run in read_run(folder)]
     if not runs:
         corpus.fail("no model could be trained")
     if len({run.name for run in runs}) < len(runs):
-        runs = [replace(run, name=str(run.folder)) for run in runs]
+        runs = [replace(run, name=str(run.folder) + ", last" * run.last) for run in runs]
     args.input = args.input or runs[0].options["input"]
     training, validation = read_parts(runs, args.input)
-    yardstick = Run("validation text", texts=excerpts(validation, SAMPLES, LENGTH))
-    for run in [*runs, yardstick]:
-        run.texts = run.texts or samples(run)
-        measures, run.errors = measure_samples(run.texts, training)
-        run.values |= measures
-    report = markdown(runs, yardstick, Path(args.input).name)
+    yards = [Run(name, values=dict(val_bpc=bits)) for name, bits in yardsticks.measure(training, validation).items()]
+    training, validation = (part.replace(yardsticks.END, SEPARATOR) for part in (training, validation))
+    letters = [yardsticks.babble(corpus.flatten(training), LENGTH, seed) for seed in range(args.texts)]
+    real = excerpts(validation)
+    texts = [Run("validation text", texts=real), Run("its lines shuffled", texts=corpus.shuffled(real, SEED)),
+             Run("letters by bigrams", texts=letters)]
+    for run in [*runs, *texts]:
+        run.texts = run.texts or samples(run, args.texts)
+        measure(run, training)
+    parts = blocks(runs, texts, yards)
+    report = markdown(runs, texts, parts, Path(args.input).name)
     (out / "comparison.md").write_text(report, encoding="utf-8", newline="\n")
-    draw([*runs, yardstick], out / "comparison.png")
+    pictures.draw(out, runs, texts, yards)
     for run in runs:
-        folder = out / run.name.replace("/", "_")  # a path, where two runs have one name
+        folder = out / run.name.replace("/", "_").replace(", ", "_")  # a path, where two runs have one name
         folder.mkdir(exist_ok=True)
-        for name in ("metrics.json", "loss.png"):
+        for name in ("metrics.json", "metrics.jsonl", "loss.png") if not run.last else ():
             shutil.copy(run.folder / name, folder)
-        (folder / "samples.txt").write_text(SEPARATOR.join(run.texts), encoding="utf-8", newline="\n")
-    print(f"-> {out / 'comparison.md'}, {out / 'comparison.png'}")
-    return [*runs, yardstick]
+        (folder / "samples.txt").write_text(SEPARATOR.join(run.texts[:SHOWN]), encoding="utf-8", newline="\n")
+    if args.readme:
+        fill(Path(args.readme), parts)
+    print(f"-> {out / 'comparison.md'}")
+    return [*runs, *texts]
 
 
 def main(argv: list[str] | None = None) -> list[Run]:
@@ -456,7 +531,7 @@ def main(argv: list[str] | None = None) -> list[Run]:
     try:
         return compare(parse_args(argv))
     except OSError as reason:
-        corpus.fail(f"{reason.filename}: {reason.strerror}; choose another --out")
+        corpus.fail(f"{reason.filename}: {reason.strerror}; choose another --out or --readme")
     except tuple(sys.modules[name].Stop for name in SCRIPTS.values() if name in sys.modules) as reason:
         corpus.fail(reason.args[0])
     except KeyboardInterrupt:
