@@ -1,5 +1,6 @@
 """The comparison of the stages: pytest tests/test_compare_stages.py. Two tiny models are really trained; no network."""
 
+import contextlib
 import doctest
 import json
 import math
@@ -206,6 +207,7 @@ def test_two_runs_are_compared_and_the_second_call_needs_no_model(made, runs, tm
     after = files(runs)
     assert all(after.pop(path) == content for path, content in before.items())  # nothing else in the runs has changed
     assert {path.name for path in after} == {"samples.json"} and len(after) == 2
+    assert "; shuffled " in Path("out/comparison.md").read_text(encoding="utf-8")
     *ours, real, mixed, letters = figures
     for run, folder in zip(ours, runs):
         said = json.loads(Path(folder, "metrics.json").read_text())
@@ -302,6 +304,22 @@ def test_the_texts_of_a_batch_are_those_drawn_alone(made, monkeypatch, temperatu
         together = texts([0, 1, 2, 3, 4])
         assert len({tuple(row) for row in together.tolist()}) >= 3
         assert all(torch.equal(together[i], texts([i])[0]) for i in range(5))
+
+
+def test_quick_draws_have_the_same_probabilities(monkeypatch):
+    monkeypatch.setattr(compare, "FEW", 4)
+    logits, from_all = torch.tensor([[0.0, 2.0, -1.0, 1.0, 0.5, -2.0, 1.5, -3.0, -4.0, -5.0]]), gpt.draw_token
+    for top_p in (0.3, 0.7, 0.95):  # 0.95 takes more than four
+        counts = []
+        for quick in (False, True):
+            with compare.quick_draws(gpt) if quick else contextlib.nullcontext():
+                assert (gpt.draw_token is from_all) != quick
+                drawn = gpt.draw_token(logits.expand(20_000, -1), 0.8, 0, top_p, torch.Generator().manual_seed(1))
+                counts.append(torch.bincount(drawn, minlength=10) / 20_000)
+        assert torch.equal(counts[0] > 0, counts[1] > 0) and (counts[0] - counts[1]).abs().max() < 0.02
+    assert gpt.draw_token is from_all
+    with compare.quick_draws(gpt), pytest.raises(gpt.Stop):
+        gpt.draw_token(logits * math.nan, 0.8, 0, 0.9)
 
 
 def test_the_songs_of_a_batch_are_those_that_stage_3_draws_alone(monkeypatch, tmp_path):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import measures
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKS = "osD^vP*X<>"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKS = "osD^vPX<>*d"
 REAL, CHANCE = "#000000", "#777777"
 SIZES = {"font.size": 11, "axes.labelsize": 11, "axes.titlesize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10}
 
@@ -17,6 +17,14 @@ SIZES = {"font.size": 11, "axes.labelsize": 11, "axes.titlesize": 11, "xtick.lab
 def style(number: int) -> dict:
     """The colour and the mark of a run."""
     return dict(color=COLORS[number % len(COLORS)], marker=MARKS[number % len(MARKS)])
+
+
+def plain_numbers(axis):
+    """Label an axis with logarithmic steps 0.1, 0.3, 1, 3 and so on instead of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def spread(values: list[float], least: float, bounds: tuple[float, float]) -> list[float]:
@@ -74,6 +82,7 @@ def learning_curves(path: Path, runs: list, yards: list):
         axes.annotate(f"{name} {best:.3f}", (x, end), (1.02, height), textcoords=("axes fraction", "data"), va="center",
                       fontsize=10, color=color, annotation_clip=False,
                       arrowprops=dict(arrowstyle="-", color=color, linewidth=0.6, alpha=0.6))
+    plain_numbers(axes.xaxis)
     axes.set_title("Which learns most from one text? Beside each name: its best", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -97,7 +106,8 @@ def densities(path: Path, runs: list):
                       color=style(number)["color"])
     axes.set_xlim(right=max(run.values["tokens_per_vocab_entry"] for _, run in points) * 6)
     axes.margins(y=0.12)
-    axes.set_title("The oftener an entry is seen, the better the guess (name, entries; hollow: had read before)", loc="left")
+    plain_numbers(axes.xaxis)
+    axes.set_title("Do entries that are seen often make a better guess? (name, entries; hollow: had read before)", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
