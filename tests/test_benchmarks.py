@@ -122,6 +122,18 @@ def test_generate_compares_cache_and_no_cache(monkeypatch, capsys):
                             line) for line in lines)
 
 
+def test_generate_compares_a_batch_with_single_rows(monkeypatch, capsys, text):
+    monkeypatch.setattr(generate, "CHUNK", 20)
+    gpt.main([f"--input={text}", "--run_dir=run", "--device=cpu", "--dtype=float32", "--max_new_tokens=1"])
+    for source in ([], ["--run_dir", "run"]):
+        capsys.readouterr()
+        generate.main(["--batch", "4", "--tokens", "40", *source])
+        rate, single, double = capsys.readouterr().out.splitlines()[1:]
+        assert re.fullmatch(rf"batch of 4: {NUMBER} tokens/s, one row after the other {NUMBER}: {NUMBER} times", rate)
+        assert single.startswith("float32: ") and double == (
+            "float64: 0 of 4 rows of 40 tokens part from what is drawn alone")
+
+
 def test_both_ways_to_generate_give_the_same_tokens():
     config = gpt.make_config(dict(generate.SHAPE, n_layer=2, n_embd=12, block_size=64), torch.device("cpu"))
     torch.manual_seed(0)

@@ -207,7 +207,8 @@ def test_two_runs_are_compared_and_the_second_call_needs_no_model(made, runs, tm
     after = files(runs)
     assert all(after.pop(path) == content for path, content in before.items())  # nothing else in the runs has changed
     assert {path.name for path in after} == {"samples.json"} and len(after) == 2
-    assert "; shuffled " in Path("out/comparison.md").read_text(encoding="utf-8")
+    short = Path("out/comparison.md").read_text(encoding="utf-8").split("**How it was")[0]
+    assert all(f"), {run.values['rhyming_chance']:.1f} |" in short for run in [*figures[:3], figures[-1]])
     *ours, real, mixed, letters = figures
     for run, folder in zip(ours, runs):
         said = json.loads(Path(folder, "metrics.json").read_text())
@@ -373,7 +374,7 @@ def test_claims_hold_or_not_or_are_undecided_with_the_texts_that_would_decide():
         assert ("texts would decide" in verdicts["Characters master rhyme endings"][0]) == (expected == "undecided")
     verdict, figures = verdicts["Characters master the texture of lines"]
     assert verdict == "does not hold"  # better in syllables, worse in characters: both have to hold
-    assert "syllables: distance: char 0.50 (0.50 to 0.50), bpe 1.00 (1.00 to 1.00); characters: distance: char 1.00" in figures
+    assert "syllables: distance: char 0.50 (0.50–0.50), bpe 1.00 (1.00–1.00); characters: distance: char 1.00" in figures
     assert verdicts["50,000 entries starve"] == ["not tested", "no such runs"]
 
 

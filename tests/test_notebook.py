@@ -84,7 +84,7 @@ def test_it_runs_top_to_bottom(executed):
     assert {path.name for path in runs.iterdir() if path.suffix != ".lock"} == {"char", "custom_300", "hf", "comparison"}
     assert (runs / "hf/model/config.json").exists() and not [cell for cell in code if "finished before" in printed(cell)]
     pictures = [output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 5  # the losses of three stages, attention, the comparison
+    assert len(pictures) == 7  # the losses of three stages, attention, three of the comparison
     report = (runs / "comparison" / "comparison.md").read_text(encoding="utf-8")
     assert all(f"\n| {name} |" in report for name in ("char", "custom_300", "hf", "validation text"))
     assert not (folder / "mlody-gtp").exists()  # no clone

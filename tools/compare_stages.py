@@ -416,13 +416,13 @@ def claims(runs: list[Run]) -> list[list[str]]:
 def cell(run: Run, name: str) -> str:
     """A figure as the tables show it, with its interval if it has one; – where there is none. Example:
     >>> cell(Run("", values={"real": 93.21}, draws={"real": [92.0, 92.0, 94.0, 94.0]}), "real"), cell(Run(""), "real")
-    ('93.2 (92.0 to 94.0)', '–')
+    ('93.2 (92.0–94.0)', '–')
     """
     value, how = run.values.get(name), LABELS[name][1]
     if value is None or value != value:
         return "–"
     bounds = measures.interval(run.draws[name]) if name in run.draws else ()
-    return f"{value:{how}}" + (f" ({bounds[0]:{how}} to {bounds[1]:{how}})" if bounds and bounds[0] == bounds[0] else "")
+    return f"{value:{how}}" + (f" ({bounds[0]:{how}}–{bounds[1]:{how}})" if bounds and bounds[0] == bounds[0] else "")
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -447,21 +447,21 @@ def short_row(run: Run) -> list[str]:
     """A row of the README's table: rhymes beside what the same lines make by chance."""
     cells = [run.name, *(cell(run, name) for name in SHORT)]
     if cells[-1] != "–":
-        cells[-1] += f"; shuffled {cell(run, 'rhyming_chance')}"
+        cells[-1] += f", {cell(run, 'rhyming_chance')}"
     return cells
 
 
 def blocks(runs: list[Run], texts: list[Run], yards: list[Run]) -> dict[str, str]:
     """What a README may show, by the name of its place: the short table, the verdicts, a sample of each stage's best run."""
-    heads = ["run", *(LABELS[name][0] for name in SHORT)]
-    found = {"results": table(heads, [short_row(run) for run in [*runs, *texts, *yards]]),
-             "claims": "\n".join(f"- *{claim}*: **{verdict}**. {said}." for claim, verdict, said in claims(runs))}
+    heads = ["run", *(LABELS[name][0] for name in SHORT[:-1]), "rhyming lines, shuffled, %"]
+    found = {"results": table(heads, [short_row(run) for run in [*runs, texts[0], texts[-1], *yards]]),
+             "claims": "\n".join(f"- *{claim}*: **{verdict}**" for claim, verdict, _ in claims(runs))}
     best: dict[str, Run] = {}
     for run in sorted(runs, key=lambda run: run.values["val_bpc"] or math.inf):
         if not run.last:
             best.setdefault(run.stage, run)
             best.setdefault("first", run)
-    return found | {f"sample {stage}": f"`{run.name}`:\n\n{opening(run, 4 if stage == 'first' else 8)}"
+    return found | {f"sample {stage}": f"`{run.name}`:\n\n{opening(run, 4 if stage == 'first' else 6)}"
                     for stage, run in best.items()}
 
 
@@ -484,7 +484,7 @@ def markdown(runs: list[Run], texts: list[Run], parts: dict[str, str], source: s
         NOTES.format(texts=len(runs[0].texts)), YARDSTICKS,
         "![bits per character while they learn](curves.png)", "![bits per character by density](density.png)",
         "![rhymes, real words and repeated lines](texts.png)",
-        "## Claims", table(["claim", "verdict", "figures"], claims(runs)), parts["claims"],
+        "## Claims", parts["claims"], table(["claim", "verdict", "figures"], claims(runs)),
         VERDICTS.format(worth, BPC_NOISE), "## Costs", figures(runs, COSTS, "run")]
     for heading, names in (
             ("## Words", ("real", "unseen", "distinct_words", "copied", "longest")),
