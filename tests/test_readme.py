@@ -68,7 +68,7 @@ def test_the_first_screen_shows_a_picture_a_sample_and_the_commands():
     assert any(line.startswith("![") and "assets/results/" in line for line in first)
     assert "git clone ADDRESS mlody-gtp && cd mlody-gtp" in first and any("pip install" in line for line in first)
     sample = README.split("```text\n")[1].split("\n```")[0]
-    assert len(sample.splitlines()) == 4 and "minutes" in README.partition("git clone")[2][:400]
+    assert 3 <= len(sample.splitlines()) <= 4 and "minutes" in README.partition("git clone")[2][:400]
     assert README.index("<!-- /sample first -->") < README.index("git clone")
 
 

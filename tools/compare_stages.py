@@ -48,7 +48,7 @@ COSTS = {  # what a run's metrics.json says: name -> heading, format
     "tokens_per_vocab_entry": ("density", ",.1f"), "val_bpc": ("bits/char", ".3f"),
     "iters": ("steps", ",.0f"), "epochs": ("epochs", ".1f"), "best_iter": ("best at", ",.0f"), "seconds": ("seconds", ",.0f"),
     "tokens_per_second": ("tokens/s", ",.0f"), "chars_per_second": ("chars/s", ",.0f"), "device": ("device", "")}
-REFRAINS = {  # what stages 1 and 2 say of the validation text
+REFRAINS = {  # what the stages say of the validation text
     "refrain_share": ("repeated lines in the validation text, share", ".3f"), "refrain_bpc": ("bits/char in them", ".3f"),
     "other_bpc": ("bits/char elsewhere", ".3f")}
 CHANCE = {"rhyming_chance": ("shuffled", ".1f"), "assonance_chance": ("shuffled", ".1f"),
@@ -461,7 +461,7 @@ def blocks(runs: list[Run], texts: list[Run], yards: list[Run]) -> dict[str, str
         if not run.last:
             best.setdefault(run.stage, run)
             best.setdefault("first", run)
-    return found | {f"sample {stage}": f"`{run.name}`:\n\n{opening(run, 4 if stage == 'first' else 6)}"
+    return found | {f"sample {stage}": f"`{run.name}`:\n\n{opening(run, 4)}"
                     for stage, run in best.items()}
 
 
