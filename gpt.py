@@ -147,11 +147,11 @@ class CharTokenizer:
         unknown = set(text) - set(self.chars)  # in a prompt, say
         if unknown:
             raise Stop(f"the model's text has no {min(unknown)!r}: leave that character out")
-        ids = [self.number_of[:0]]
+        ids = torch.empty(len(text), dtype=self.number_of.dtype)
         for begin in range(0, len(text), 2**20):  # in parts, to save memory
             codes = bytearray(text[begin:begin + 2**20], "utf-32-le")  # four bytes a character
-            ids.append(self.number_of[torch.frombuffer(codes, dtype=torch.int32)])
-        return torch.cat(ids)
+            ids[begin:begin + 2**20] = self.number_of[torch.frombuffer(codes, dtype=torch.int32)]
+        return ids
 
     def stream(self, ids):
         """Yield the text of each token number as it comes."""
@@ -230,8 +230,12 @@ class Memory:
 
 def with_recall(ids: torch.Tensor, config: Config, tokenizer) -> torch.Tensor:
     """A text and, for each n, what is recalled at each position: shape (N, 1 + orders)."""
-    none, end = tokenizer.vocab_size, tokenizer.end
-    return torch.stack([ids, *(recall(ids, n, none, end) for n in recall_orders(config))], dim=1)
+    orders = recall_orders(config)
+    data = ids.new_empty(len(ids), 1 + len(orders))
+    data[:, 0] = ids
+    for column, n in enumerate(orders, start=1):
+        data[:, column] = recall(ids, n, tokenizer.vocab_size, tokenizer.end)
+    return data
 
 
 def row_length(config: Config, step: int) -> int:

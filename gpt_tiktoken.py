@@ -361,8 +361,12 @@ class Memory:
 
 def with_recall(ids: torch.Tensor, config: Config, tokenizer) -> torch.Tensor:
     """A text and, for each n, what is recalled at each position: shape (N, 1 + orders)."""
-    none, end = tokenizer.vocab_size, tokenizer.end
-    return torch.stack([ids, *(recall(ids, n, none, end) for n in recall_orders(config))], dim=1)
+    orders = recall_orders(config)
+    data = ids.new_empty(len(ids), 1 + len(orders))
+    data[:, 0] = ids
+    for column, n in enumerate(orders, start=1):
+        data[:, column] = recall(ids, n, tokenizer.vocab_size, tokenizer.end)
+    return data
 
 
 def row_length(config: Config, step: int) -> int:
