@@ -55,7 +55,7 @@ SIZES = {
                  max_iters=5000, eval_interval=100, sample_interval=500),
 }
 RECIPES = {
-    "modern": dict(recall="5,10,20", learning_rate=5e-3, weight_decay=0.1, grad_clip=1.0, warmup_iters=20),
+    "modern": dict(recall="10,20", learning_rate=5e-3, weight_decay=0.1, grad_clip=1.0, warmup_iters=20),
     "classic": dict(learning_rate=3e-4, weight_decay=0.01, grad_clip=0.0, warmup_iters=0, grow=0),
 }
 EPOCHS = 12  # modern reads the text at most this often by default; after that it begins to memorize
@@ -752,7 +752,7 @@ def join_processes(facts: dict):
 def recall_orders(config: Config) -> list[int]:
     """The numbers of --recall. Stop if they are none."""
     if not re.fullmatch(r"([1-9]\d{0,2}(,[1-9]\d{0,2}){0,9})?", config.recall):
-        raise Stop(f"--recall {config.recall}: must be numbers from 1 to 999, such as 5,10,20")
+        raise Stop(f"--recall {config.recall}: must be numbers from 1 to 999, such as 10,20")
     if config.recall and config.recipe == "classic":
         raise Stop("--recall needs --recipe modern")
     return [int(n) for n in config.recall.split(",") if n]

@@ -922,7 +922,7 @@ def join_processes(facts: dict):
 def recall_orders(config: Config) -> list[int]:
     """The numbers of --recall. Stop if they are none."""
     if not re.fullmatch(r"([1-9]\d{0,2}(,[1-9]\d{0,2}){0,9})?", config.recall):
-        raise Stop(f"--recall {config.recall}: must be numbers from 1 to 999, such as 5,10,20")
+        raise Stop(f"--recall {config.recall}: must be numbers from 1 to 999, such as 10,20")
     if config.recall and config.recipe == "classic":
         raise Stop("--recall needs --recipe modern")
     return [int(n) for n in config.recall.split(",") if n]
