@@ -63,7 +63,7 @@ SIZES = {
                  max_iters=5000, eval_interval=100, sample_interval=500),
 }
 RECIPES = {
-    "modern": dict(recall="2,4,8", learning_rate=5e-3, weight_decay=0.1, grad_clip=1.0, warmup_iters=20),
+    "modern": dict(recall="4,8", learning_rate=5e-3, weight_decay=0.1, grad_clip=1.0, warmup_iters=20),
     "classic": dict(learning_rate=3e-4, weight_decay=0.1, grad_clip=0.0, warmup_iters=0, grow=0),
 }
 EPOCHS = 12  # modern reads the text at most this often by default; after that it begins to memorize
