@@ -695,9 +695,12 @@ def library(call, *args, **options):
 
 
 def check_settings(source: str, settings):
-    """Stop if config.json describes a model far larger than its weights: it would fill the memory."""
+    """Stop if config.json or tokenizer.json would fill the memory before they are found to be wrong."""
     from transformers import AutoModelForCausalLM
 
+    words = Path(source, "tokenizer.json")
+    if words.is_file() and re.search(rb'":\s*[1-9]\d{8}', words.read_bytes()):  # the library counts up to it
+        raise Stop(f"the tokenizer in {source} does not fit: it numbers far more tokens than it has: name another model")
     layers = getattr(settings, "num_hidden_layers", 1)
     if layers > 1000:
         raise Stop(f"config.json in {source} asks for {layers} layers: name another model")
