@@ -66,6 +66,7 @@ RECIPES = {
     "modern": dict(recall="4,8", learning_rate=5e-3, weight_decay=0.1, grad_clip=1.0, warmup_iters=20),
     "classic": dict(learning_rate=3e-4, weight_decay=0.1, grad_clip=0.0, warmup_iters=0, grow=0),
 }
+LARGE = 2_000_000  # training tokens; with fewer, base memorizes: it was no better than tiny on 400,000
 EPOCHS = 12  # modern reads the text at most this often by default; after that it begins to memorize
 SHAPE = ("recipe", "n_layer", "n_head", "n_embd", "block_size", "recall",  # what the weights depend on
          "tokenizer", "encoding", "vocab_size", "prune_vocab")
@@ -103,7 +104,7 @@ class Config:
     vocab_size: int = option(2000, "entries of a custom tokenizer", 257, 2**20)
     prune_vocab: bool = option(False, "keep the entries that the text uses; spell all else with bytes")
     # the model
-    size: str = option("auto", "auto: base on a GPU, else tiny", choices=("auto", *SIZES))
+    size: str = option("auto", "auto: base on a GPU with a long text, else tiny", choices=("auto", *SIZES))
     recipe: str = option("modern", "modern, or the original's classic", choices=tuple(RECIPES))
     n_layer: int = option(None, "transformer blocks", 1, 1000)
     n_head: int = option(None, "attention heads in a block", 1)
@@ -1018,11 +1019,12 @@ def make_config(given: dict, device: torch.device, tokens: int = 0) -> Config:
     modern makes EPOCHS passes over the text, in 100 steps at least and the size's own number at most, and
     shows in between what it has learned: ten evaluations or more, four samples or more.
     """
-    size = given.get("size", "auto")
+    size, recipe = given.get("size", "auto"), given.get("recipe", Config.recipe)
     if size == "auto":
-        size = "base" if device.type == "cuda" else "tiny"
-    known = SIZES[size] | RECIPES[given.get("recipe", Config.recipe)] | given | dict(size=size)
-    if known.get("recipe") != "classic" and "max_iters" not in given:
+        enough = tokens >= LARGE or recipe == "classic"
+        size = "base" if device.type == "cuda" and enough else "tiny"
+    known = SIZES[size] | RECIPES[recipe] | given | dict(size=size)
+    if recipe != "classic" and "max_iters" not in given:
         per_step = known.get("grad_accum", 1) * known["batch_size"] * known["block_size"] * WORLD
         known["max_iters"] = min(known["max_iters"], max(100, EPOCHS * tokens // per_step))
     for name, times in (("eval_interval", 10), ("sample_interval", 4)):

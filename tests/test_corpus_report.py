@@ -400,7 +400,7 @@ def test_one_screen_answers_before_training(tmp_path, capsys):
     assert questions == ["the text", "enough?", "time", "vocabulary", "songs", "lines", "junk", "repeats"]
     flat = " ".join(out.split())
     assert "too little" in flat and "9, " in flat and "3 with [headers]" in flat and "6 songs are there twice" in flat
-    assert "gpt.py on two cores: 100 steps" in flat and "100 steps of base" in flat
+    assert "gpt.py on two cores: 100 steps" in flat and "100 steps of tiny" in flat
     assert "characters (gpt.py): no vocabulary" in flat and "none that this program knows" in flat
 
 
@@ -430,7 +430,7 @@ def test_steps_are_those_that_stage_1_plans():
     import gpt
 
     assert report.steps(168_000)[0] == gpt.EPOCHS * 168_000 // (4 * 512)
-    assert report.steps(10)[0] == 100 and report.steps(10**9) == (2400, 5000)
+    assert report.steps(10)[0] == 100 and report.steps(10**9) == (2400, 5000, "base")
 
 
 @pytest.mark.parametrize(("kind", "text"), [

@@ -238,6 +238,8 @@ def test_what_is_given_wins_over_size_and_recipe(stage):
             expected = stage.SIZES[size] | stage.RECIPES[recipe] | dict(size=size, recipe=recipe, seed=2115)
             assert asdict(config) | expected == asdict(config) and None not in asdict(config).values()
     assert stage.make_config({}, torch.device("cpu"), 10**9).recipe == "modern"
+    for recipe, tokens, size in (("modern", 1_999_999, "tiny"), ("modern", 2_000_000, "base"), ("classic", 0, "base")):
+        assert stage.make_config(dict(recipe=recipe), torch.device("cuda"), tokens).size == size
     config = config_of(stage, size="base", recipe="classic", max_iters=7, learning_rate=0.5)
     assert (config.max_iters, config.learning_rate, config.n_embd, config.weight_decay) == (
         7, 0.5, stage.SIZES["base"]["n_embd"], stage.RECIPES["classic"]["weight_decay"])

@@ -438,13 +438,13 @@ def densities(training: str) -> dict[str, float]:
     return found
 
 
-def steps(tokens: int) -> tuple[int, int]:
-    """How many steps gpt.py takes by default for a training text of so many tokens: tiny on a CPU, base on a GPU."""
+def steps(tokens: int) -> tuple[int, int, str]:
+    """(steps on a CPU, steps on a GPU, the size there) that gpt.py takes by default for so many training tokens."""
     import torch
 
     import gpt
-    return tuple(gpt.make_config(dict(size=size), torch.device(device), tokens).max_iters
-                 for size, device in (("tiny", "cpu"), ("base", "cuda")))
+    cpu, gpu = (gpt.make_config({}, torch.device(device), tokens) for device in ("cpu", "cuda"))
+    return cpu.max_iters, gpu.max_iters, gpu.size
 
 
 def on_training(text: str) -> Iterator[tuple[str, str]]:
@@ -455,10 +455,10 @@ def on_training(text: str) -> Iterator[tuple[str, str]]:
         f"for a first try: words and form, little sense; {ENOUGH:,} characters and more are better" if length < ENOUGH else
         "yes: from here on a longer run and a larger model pay, too")
     try:
-        tiny, base = steps(len(flatten(training)))
-        low, high = (tiny * seconds / 60 for seconds in STEP_SECONDS)
-        yield "time", (f"gpt.py on two cores: {tiny:,} steps, {low:.1f} to {high:.1f} minutes by the processor; on a GPU: "
-                       f"{base:,} steps of base")
+        cpu, gpu, size = steps(len(flatten(training)))
+        low, high = (cpu * seconds / 60 for seconds in STEP_SECONDS)
+        yield "time", (f"gpt.py on two cores: {cpu:,} steps, {low:.1f} to {high:.1f} minutes by the processor; on a GPU: "
+                       f"{gpu:,} steps of {size}")
     except ImportError as reason:
         yield "time", f"left out: {reason}; see requirements.txt"
     try:
