@@ -9,6 +9,7 @@ that the model does not know are left out of what it reads.
 """
 
 import html
+import math
 import re
 from dataclasses import replace
 from types import ModuleType
@@ -51,16 +52,21 @@ def known(trained: Trained, text: str) -> str:
     return "".join(c for c in text if c in chars) if isinstance(chars, str) else text  # sub-words can spell all
 
 
-def read(trained: Trained, text: str) -> torch.Tensor:
-    """What the model gets to read: a start, then the text, each token with what is recalled. Shape (N + 1, 1 + orders)."""
+def read(trained: Trained, text: str, start: bool = False) -> torch.Tensor:
+    """What the model gets to read: the tokens, each with what is recalled, shape (N, 1 + orders).
+
+    start: what a new text begins with comes first. Without a text it is all there is.
+    """
     encode = trained.tokenizer.encode
-    ids = torch.cat((encode(trained.tokenizer.start), encode(known(trained, text))))
+    ids = encode(known(trained, text))
+    if start or not len(ids):
+        ids = torch.cat((encode(trained.tokenizer.start), ids))
     return trained.script.with_recall(ids, trained.config, trained.tokenizer)
 
 
 @torch.no_grad()
 def logits(trained: Trained, text: str) -> torch.Tensor:
-    """The scores of each position, the last `context` ones of the start and the text: shape (T, vocab_size)."""
+    """The scores of each position, the last `context` ones of the text: shape (T, vocab_size)."""
     data = read(trained, text)[-trained.context:].long()[None]  # (1, T, 1 + orders)
     return trained.model(data[..., 0], recalled=data[..., 1:])[0]
 
@@ -73,12 +79,12 @@ def guesses(trained: Trained, prompt: str) -> torch.Tensor:
 def surprisals(trained: Trained, text: str) -> torch.Tensor:
     """-log2 of the probability that each token of the text had before it was read, in bits: shape (N,)."""
     config = replace(trained.config, eval_iters=0)  # all of it
-    nats = trained.script.token_losses(trained.model, read(trained, text), config, trained.context)
-    return nats / torch.log(torch.tensor(2.0))
+    nats = trained.script.token_losses(trained.model, read(trained, text, start=True), config, trained.context)
+    return nats / math.log(2)
 
 
 def attention(trained: Trained, text: str) -> torch.Tensor:
-    """How much each position looks at each: shape (layers, heads, T, T), each row sums to 1. Position 0 is the start.
+    """How much each position looks at each: shape (layers, heads, T, T), each row sums to 1.
 
     The weights pass through the dropout layer, which leaves them as they are when a model is not trained.
     """
@@ -108,7 +114,7 @@ def refrain(text: str, longest: int) -> tuple[str, int]:
 
     The first line of 12 characters or more that stands twice in a song; if there is none, the first such line.
     Example:
-    >>> refrain("Szara jest noc\\nBiały jest dzień\\nIdę\\nSzara jest noc\\n", 50)
+    >>> refrain("Szara jest noc\\nBiały jest dzień\\nIdę\\nSzara jest noc\\n", 48)
     ('Szara jest noc\\nBiały jest dzień\\nSzara jest noc', 32)
     """
     returning = re.search(rf"^([^\n{END}]{{12,}})$[^{END}]*?\n\1$", text, re.MULTILINE)
@@ -127,8 +133,8 @@ def refrain(text: str, longest: int) -> tuple[str, int]:
 
 # ------------------------------------------------------------------------------------------- pictures
 def sign(piece: str) -> str:
-    """How a token is shown on an axis: what is invisible gets a sign."""
-    return "end of song" if piece == END else "".join(SIGNS.get(c, c) for c in piece)
+    """How a token is shown: what is invisible gets a sign. Example: sign(" no\\n") is "␣no↵"."""
+    return "".join(SIGNS.get(c, c if c.isprintable() else "�") for c in piece)
 
 
 @matplotlib.rc_context(SIZES)
@@ -138,10 +144,11 @@ def next_tokens(trained: Trained, prompts: list[str], count: int = 10) -> Figure
     every = figure.subplots(1, len(prompts), sharex=True, squeeze=False)[0]
     for axes, prompt in zip(every, prompts):
         probabilities, order = guesses(trained, prompt).topk(min(count, trained.tokenizer.vocab_size))
-        names = [sign("".join(trained.tokenizer.stream([i]))) or "part of a letter" for i in order.tolist()]
-        bars = axes.barh(range(len(names)), 100 * probabilities, color=COLORS[0])
-        percent = [f"{100 * p:.0f}" if p >= 0.005 else "< 1" for p in probabilities.tolist()]
-        axes.bar_label(bars, percent, padding=2, fontsize=10)
+        pieces = ["".join(trained.tokenizer.stream([i])) for i in order.tolist()]
+        names = ["end of song" if piece == END else sign(piece) or "part of a letter" for piece in pieces]
+        percent = [100 * p for p in probabilities.tolist()]
+        bars = axes.barh(range(len(names)), percent, color=COLORS[0])
+        axes.bar_label(bars, [f"{p:.0f}" if p >= 0.5 else "< 1" for p in percent], padding=2, fontsize=10)
         axes.set_yticks(range(len(names)), names, fontfamily="monospace", fontsize=12)
         axes.invert_yaxis()
         axes.set_title(f"after “{known(trained, prompt)}”", loc="left")
@@ -174,7 +181,7 @@ def text_map(figure, axes, text: str, values: list[float], top: float, cmap: str
         for x, i in enumerate(row):
             share = min(1.0, values[i] / top)
             axes.add_patch(Rectangle((x, y), 1, 1, color=colours(share), linewidth=0))
-            shown = "" if text[i] == " " else SIGNS.get(text[i], text[i])
+            shown = "" if text[i] == " " else sign(text[i])
             axes.text(x + 0.5, y + 0.5, shown, ha="center", va="center_baseline", family="monospace", fontsize=11,
                       color="white" if share > DARK else "#777777" if shown != text[i] else "black")
     axes.set(xlim=(0, COLUMNS), ylim=(len(rows), 0), xticks=[], yticks=[])
@@ -188,10 +195,13 @@ def text_map(figure, axes, text: str, values: list[float], top: float, cmap: str
 def surprise(trained: Trained, text: str) -> Figure:
     """A text, each character in the colour of its surprisal. Of a sub-word, each character takes an equal part."""
     text = known(trained, text)
-    bits, values = surprisals(trained, text).tolist(), []
-    for token, value in zip(read(trained, text)[1:, 0].tolist(), bits):
-        size = int(trained.tokenizer.count_chars(torch.tensor([token])))
-        values += [value / max(1, size)] * size
+    values: list[float] = []  # of each character
+    sizes = trained.tokenizer.count_chars(read(trained, text)[:, 0])
+    for size, bits in zip(sizes.tolist(), surprisals(trained, text).tolist()):
+        if size:
+            values += [bits / size] * size
+        else:  # it goes on with a letter that the token before has begun
+            values[-1] += bits
     figure = Figure(figsize=(8, 1.4 + 0.26 * len(rows_of(text))), layout="constrained")
     axes = figure.add_subplot()
     text_map(figure, axes, text, values, 8.0, "YlOrBr", "surprisal, bits: 1 is a coin toss, 6 is one of 64 letters")
@@ -218,7 +228,7 @@ def looking_back(trained: Trained, passage: str, returns: int, at: int, head: tu
     head: (layer, head), both from 1; None: the one that looks most at where the line stood before. A green frame: what
     recall shows the model there.
     """
-    weights = attention(trained, passage)[:, :, 1:, 1:]  # without the start
+    weights = attention(trained, passage)
     near, back = shares_of_attention(weights, returns)
     layer, number = divmod(int(back.argmax()), back.size(1)) if head is None else (head[0] - 1, head[1] - 1)
     here = min(returns + at, len(passage) - 1)
@@ -229,7 +239,7 @@ def looking_back(trained: Trained, passage: str, returns: int, at: int, head: tu
     axes = above.add_subplot()
     text_map(above, axes, passage, values, max(*values, 1e-9), "Blues", "attention weight, in all 1")
     frames = {here: COLORS[1]}
-    if (read(trained, passage)[here + 1, 1:] != trained.tokenizer.vocab_size).any():
+    if (read(trained, passage)[here, 1:] != trained.tokenizer.vocab_size).any():
         frames[here - returns + 1] = COLORS[2]
     for y, row in enumerate(rows):
         for x, i in enumerate(row):
@@ -239,7 +249,7 @@ def looking_back(trained: Trained, passage: str, returns: int, at: int, head: tu
                    loc="left")
     titles = "To the ten letters before, %", "To its place in the first such line, %"
     for axes, shares, title in zip(below.subplots(1, 2, sharey=True), (near, back), titles):
-        axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+        axes.imshow(100 * shares.numpy(), cmap="Blues", vmin=0, vmax=100, aspect="auto")
         for i, row in enumerate(shares.tolist()):
             for j, share in enumerate(row):
                 axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color="white" if share > DARK else "black")
@@ -284,7 +294,7 @@ def letter_map(trained: Trained, text: str, least: int = 20) -> Figure:
     axes = figure.add_subplot(xlabel=f"first principal component ({shares[0]:.0f} % of the variance)",
                               ylabel=f"second principal component ({shares[1]:.0f} %)")
     for kind, name, color, marker in ((vowels, "vowels", COLORS[1], "o"), (~vowels, "consonants", COLORS[0], "s")):
-        axes.scatter(*places[kind].T, s=320, color=color, marker=marker, alpha=0.25, linewidth=0, label=name)
+        axes.scatter(*places[kind].T.numpy(), s=320, color=color, marker=marker, alpha=0.25, linewidth=0, label=name)
     for letter, place, vowel in zip(letters, places.tolist(), vowels.tolist()):
         axes.text(*place, letter, ha="center", va="center_baseline", fontsize=15, color="#8A3C00" if vowel else "#004A75")
     axes.legend(markerscale=0.6)
@@ -309,7 +319,7 @@ def cuts(tokenizers: dict[str, Any], line: str) -> Figure:
         for number, cell in enumerate(cells):
             axes.add_patch(Rectangle((x, row + 0.05), len(cell), 0.42, color=("#B3D9F2", "#FFD9A0")[number % 2], linewidth=0))
             for i, char in enumerate(cell):
-                axes.text(x + i + 0.5, row + 0.26, SIGNS.get(char, char), ha="center", va="center_baseline",
+                axes.text(x + i + 0.5, row + 0.26, sign(char), ha="center", va="center_baseline",
                           family="monospace", fontsize=11)
             x += len(cell)
             axes.plot([x, x], [row + 0.05, row + 0.47], color="black", linewidth=0.8)
