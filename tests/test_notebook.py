@@ -233,7 +233,7 @@ def test_colab_downloads_the_archive(notebook, colab, tmp_path):
     colab.files.download = taken.append
     (tmp_path / "input2/char").mkdir(parents=True)
     (tmp_path / "input2/char/metrics.json").write_text("{}")
-    names = dict(re=re, sys=sys, ALL_RUNS=tmp_path, RUNS=tmp_path / "input2", CORPUS=Path("input2.txt"))
+    names = dict(re=re, sys=sys, DOWNLOAD=[], ALL_RUNS=tmp_path, RUNS=tmp_path / "input2", CORPUS=Path("input2.txt"))
     exec(sources(notebook, "code")[-1], names)
     assert taken == [str(tmp_path / "input2.zip")]
     assert zipfile.ZipFile(taken[0]).namelist() == ["input2/char/metrics.json"]
