@@ -144,7 +144,7 @@ def test_points_are_moved_apart():
 def test_bars_name_what_is_invisible():
     trained = make()
     texts = texts_of(lesson.next_tokens(trained, ["Szara ", "noc"], count=40))
-    assert {"␣", "↵", "end of song", "after “Szara ”", "after “noc”", "probability, %"} <= set(texts)
+    assert {"␣", "↵", "■", "after “Szara ”", "after “noc”", "probability, %"} <= set(texts)
 
 
 def test_each_letter_of_a_verse_is_drawn():

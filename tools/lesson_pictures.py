@@ -19,6 +19,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from pictures import COLORS, SIZES
 
 END = "\0"  # the end of a song inside the scripts
@@ -141,22 +142,24 @@ def sign(piece: str) -> str:
 def next_tokens(trained: Trained, prompts: list[str], count: int = 10) -> Figure:
     """Bars: the likeliest tokens after each prompt, side by side on one scale."""
     figure = Figure(figsize=(8, 0.9 + 0.3 * count), layout="constrained")
+    most = 0.0  # the longest bar
     every = figure.subplots(1, len(prompts), sharex=True, squeeze=False)[0]
     for axes, prompt in zip(every, prompts):
         probabilities, order = guesses(trained, prompt).topk(min(count, trained.tokenizer.vocab_size))
-        pieces = ["".join(trained.tokenizer.stream([i])) for i in order.tolist()]
-        names = ["end of song" if piece == END else sign(piece) or "part of a letter" for piece in pieces]
+        names = [sign("".join(trained.tokenizer.stream([i]))) or "�" for i in order.tolist()]  # no text: a part of a letter
         percent = [100 * p for p in probabilities.tolist()]
+        most = max(most, *percent)
         bars = axes.barh(range(len(names)), percent, color=COLORS[0])
         axes.bar_label(bars, [f"{p:.0f}" if p >= 0.5 else "< 1" for p in percent], padding=2, fontsize=10)
         axes.set_yticks(range(len(names)), names, fontfamily="monospace", fontsize=12)
         axes.invert_yaxis()
         axes.set_title(f"after “{known(trained, prompt)}”", loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-    every[0].set_xlim(0, 110)
+    every[0].set_xlim(0, 1.2 * most)  # with room for the numbers
+    every[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
     figure.supxlabel("probability, %", fontsize=11)
-    figure.suptitle("What comes next?   " + "  ".join(f"{shown} {name}" for shown, name in
-                    (("␣", "blank"), ("↵", "end of line"))), x=0.01, ha="left", fontsize=11)
+    figure.suptitle("What comes next?   ␣ blank   ↵ end of line   ■ end of song   � a part of a letter", x=0.01, ha="left",
+                    fontsize=11)
     return figure
 
 
@@ -332,7 +335,8 @@ def cuts(tokenizers: dict[str, Any], line: str) -> Figure:
 
 def side_by_side(texts: dict[str, str]) -> str:
     """HTML: texts in columns below their headings."""
-    style = f"vertical-align: top; text-align: left; white-space: pre-wrap; padding: 0 8px; width: {100 // len(texts)}%"
+    style = ("vertical-align: top; text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; padding: 0 8px; "
+             f"width: {100 // len(texts)}%")
     heads = "".join(f'<th style="{style}">{html.escape(name)}</th>' for name in texts)
     cells = "".join(f'<td style="{style}">{html.escape(text)}</td>' for text in texts.values())
     return f'<table style="width: 100%; table-layout: fixed"><tr>{heads}</tr><tr>{cells}</tr></table>'
