@@ -309,6 +309,13 @@ def test_the_stop_button_stops_all_cells_that_follow(notebook, tmp_path):
         status, text, errors = kernel.run_all([cells[first], "print('and on')"], r"step +\d+ .*\n(.*\n)*step +\d+ ")
         assert status == ["error", "aborted"] and "step     0 " not in text and "step    10 " not in text  # it continued
 
+        status, text, errors = kernel.run_all(["run(gpt, '--max_iters', 'many')", "print('and on')"])
+        assert status == ["error", "aborted"] and errors == ["Stopped by the error above."]
+        assert "error: argument --max_iters" in text
+        status, text, errors = kernel.run_all(["lesson.load(gpt, 'nowhere')", "print('and on')"])  # an error outside main
+        assert status == ["error", "aborted"] and text == "" and len(errors[0].splitlines()) == 1
+        assert errors[0].startswith("no checkpoint at nowhere")
+
         slow = """
 def slow(argv):
     try:
