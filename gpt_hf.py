@@ -720,7 +720,7 @@ def check_pretrained(source: str, base: Pretrained, report: dict):
     would be drawn at random; what is more would be left out, such as the last layers.
     """
     model, tokenizer, end, _ = base
-    computed = ".masked_bias", "position_ids", ".inv_freq"  # older files hold such constants, papuGaPT2's, too
+    computed = ".attn.bias", ".masked_bias", "position_ids", ".inv_freq"  # older files hold such constants, papuGaPT2's, too
     more = [name for name in report["unexpected_keys"] if not name.endswith(computed)]
     other = [name for name, *_ in report["mismatched_keys"]]
     wrong = sorted({*report["missing_keys"], *more, *other})
