@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 ARTIST_NAME = "Tede"  # the default of --artist
 FOLDER = Path("assets/input")  # where the files go
 SEPARATOR = "<|endoftext|>"  # alone on a line between two songs
-GIVE_UP = 5  # songs in a row that do not come
+GIVE_UP = 5  # failed songs in a row
 IN_NOTEBOOK = "ipykernel" in sys.modules  # a Jupyter or Colab kernel
 
 
@@ -41,7 +41,7 @@ class Stop(Exception):
 
 
 class Trouble(Exception):
-    """An answer that could not be had or understood. It is not stored: the next run asks again."""
+    """An answer that could not be fetched or understood. It is not stored: the next run asks again."""
 
 
 # ------------------------------------------------------------------------------------------ database
@@ -66,18 +66,18 @@ primary_ids = :primary_ids, new_page = :page"""
 
 # --------------------------------------------------------------- what a server sends is checked here
 def dicts(value):
-    """The objects in a JSON list; none if it is no list."""
+    """The objects in a JSON list; [] if it is not a list."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def checked(thing):
-    """Id and texts of an artist or a song; 0 or "" for one that is not what it should be."""
+    """Id and texts of an artist or a song; 0 or "" in place of an invalid one."""
     thing = thing if isinstance(thing, dict) else {}
     number = thing.get("id")
-    kept = {"id": number if type(number) is int and 0 < number < 2**53 else 0}  # True is no number here
+    kept = {"id": number if type(number) is int and 0 < number < 2**53 else 0}  # True is not a number here
     for key in ("name", "title", "url", "lyrics_state"):
         text = thing[key] if isinstance(thing.get(key), str) else ""
-        text = "".join(c if c.isprintable() else " " * c.isspace() for c in text)  # no escapes
+        text = "".join(c if c.isprintable() else " " * c.isspace() for c in text)  # no control characters
         kept[key] = " ".join(text.split())[:300]  # one line
     return kept
 
@@ -87,7 +87,7 @@ def checked_song(entry):
     song = checked(entry)
     people = dicts(entry.get("primary_artists")) or dicts([entry.get("primary_artist")])
     song["primary_ids"] = " ".join(str(checked(person)["id"]) for person in people)
-    song["lyrics_state"] = song["lyrics_state"] or "complete"  # if it is not told, the page tells
+    song["lyrics_state"] = song["lyrics_state"] or "complete"  # if it is missing, the page says
     if entry.get("instrumental") is True:
         song["lyrics_state"] = "instrumental"
     whole = song["id"] and song["title"] and people
@@ -103,12 +103,12 @@ def normalized(text: str) -> str:
 
 
 def find_artist(genius, args):
-    """The artist with our id, or the one whose name is ours, normalized. Raises Stop with candidates."""
+    """The artist with the given id or, ignoring case and marks, name. Else raises Stop with candidates."""
     if args.artist_id:
         name = checked(genius.artist(args.artist_id).get("artist"))["name"]
         return {"id": args.artist_id, "name": name or f"artist {args.artist_id}"}
     found, matches, page, more = {}, [], 1, True  # found: id -> name, in Genius' order
-    while more and not matches and page <= 10:  # the right one may stand behind others
+    while more and not matches and page <= 10:  # the right one may come after others
         sections = dicts(genius.search_all(args.artist, per_page=5, page=page).get("sections"))
         hits = [hit for section in sections for hit in dicts(section.get("hits"))]
         artists = [checked(hit.get("result")) for hit in hits if hit.get("index") == "artist"]
@@ -123,7 +123,7 @@ def find_artist(genius, args):
 
 
 # -------------------------------------------------------------------------------------------- songs
-TITLE_RULES = {  # why a song is left out; "Credits" may be one, but not "Album (Credits)"
+TITLE_RULES = {  # why an entry is left out; "Credits" may be a song, "Album (Credits)" is none
     "translations": r"[(\[][^()\[\]]*(translat|tłumacz|traduc|traduç|traduz|übersetz|перевод|çeviri|översätt|romaniz)",
     "annotation pages": r"\b(track ?lista?|album art(work)?|liner notes)\b"  # anywhere in the title
     r"| discography$| [-–] credits$|[(\[][^()\[\]]*(credits|interview|wywiad|booklet|setlist)",
@@ -141,7 +141,7 @@ def list_songs(genius, db):
         entries, following = answer.get("songs"), answer.get("next_page", 0)
         fits = following is None or type(following) is int and page < following <= 2000  # 100,000 songs
         if not fits or not isinstance(entries, list):
-            raise Trouble(f"page {page} of the list is not what it should be")
+            raise Trouble(f"page {page} of the list is malformed")
         songs = [song | {"page": page} for song in map(checked_song, dicts(entries)) if song]
         odd = len(entries) - len(songs) + (odd if page > 1 else 0)
         with db:  # one transaction: the songs of the page and our place in the list
@@ -182,10 +182,10 @@ def select(db, args):
 
 
 def fetch_songs(genius, db, chosen):
-    """Ask for the page of each chosen song that is still wanted. Raises Trouble if nothing comes."""
+    """Fetch the page of each chosen song that is still wanted. Raises Trouble if GIVE_UP in a row fail."""
     found = db.execute("SELECT id, title, url FROM song WHERE state = 'wanted' ORDER BY time, title, id")
-    wanted = [song for song in found if song["id"] in chosen]  # what failed, at some time, comes last
-    often = 0.1 if sys.stderr.isatty() or IN_NOTEBOOK else 30  # seconds between pictures of the bar
+    wanted = [song for song in found if song["id"] in chosen]  # songs that failed before come last
+    often = 0.1 if sys.stderr.isatty() or IN_NOTEBOOK else 30  # seconds between updates of the bar
     failures = 0
     for song in (bar := tqdm(wanted, unit="song", mininterval=often, dynamic_ncols=True)):
         bar.set_postfix_str(song["title"][:40], refresh=False)
@@ -201,7 +201,7 @@ def fetch_songs(genius, db, chosen):
 
 
 # ------------------------------------------------------------------------------------------- a page
-ELEMENT = re.compile(r"<(/?)([a-zA-Z][^\s<>/]*+)([^<>]*+)>|<[!?][^<>]*+>")  # no page can slow it down
+ELEMENT = re.compile(r"<(/?)([a-zA-Z][^\s<>/]*+)([^<>]*+)>|<[!?][^<>]*+>")  # linear time on any page
 LYRICS = re.compile(r"""data-lyrics-container\s*=\s*["']?true""")  # an attribute
 NOT_LYRICS = re.compile(r"""data-exclude-from-selection\s*=\s*["']?true|LyricsHeader""")
 BREAKS = {"br": "\n", "p": "\n\n"} | dict.fromkeys("div li h1 h2 h3 h4 h5 h6".split(), "\v")
@@ -211,22 +211,22 @@ STATE = r"(?s)window\.__PRELOADED_STATE__\s*=\s*JSON\.parse\('((?:[^'\\]|\\.)*+)
 def lyrics_text(html: str) -> str:
     """The text of a page's lyrics containers, without what Genius marks as not part of them."""
     parts, end = [], 0
-    box, inside, skipped, depth = "", 0, "", 0  # a container, a skipped part: tag, how many open
+    box, inside, skipped, depth = "", 0, "", 0  # a container, a skipped part: its tag, how many are open
     for tag in ELEMENT.finditer(html):  # no tree: a page may nest 100,000 elements
         name, step, attributes = (tag[2] or "").lower(), -1 if tag[1] else 1, tag[3] or ""
-        if inside and not depth:  # what stands before this tag is lyrics
+        if inside and not depth:  # the text before this tag is lyrics
             parts += [unescape(re.sub(r"\s+", " ", html[end : tag.start()])), BREAKS.get(name, "")]
         end = tag.end()
         if depth:  # in a script only its end counts
             depth += step * (name == skipped and (step < 0 or name not in ("script", "style")))
         elif name in ("script", "style") or NOT_LYRICS.search(attributes):
-            skipped, depth = name, int(name not in ("br", "hr", "img", "input"))  # have no end
+            skipped, depth = name, int(name not in ("br", "hr", "img", "input"))  # void tags
         elif inside:
             inside += step * (name == box)
         elif LYRICS.search(attributes):
             box, inside = name, 1
             parts.append("\v")
-    text = "".join(parts).encode("utf-8", "ignore").decode()  # no halves of characters
+    text = "".join(parts).encode("utf-8", "ignore").decode()  # no lone surrogates
     text = re.sub(r" ?([\n\v]) ?", r"\1", re.sub(" +", " ", text))
     text = re.sub(r"(?<![\n\v])\v+", "\n", text).replace("\v", "")  # \v: on a line of its own
     return re.sub("\n\n+", "\n\n", text).strip()
@@ -243,7 +243,7 @@ def read_page(page: str):
             lyrics = lyrics_text('<p data-lyrics-container="true">' + data["body"]["html"] + "</p>")
         if lyrics:
             return "lyrics", lyrics
-        if re.search("instrumental|transcribed|released", " ".join(words)):  # Genius' own word
+        if re.search("instrumental|transcribed|released", " ".join(words)):  # Genius' own words
             return "none", " ".join(words)[:200]
     raise Trouble("no page with lyrics, nor one that says why there are none")
 
@@ -263,7 +263,7 @@ def mend_word(match) -> str:
 
 SECTION = r"(?i:zwrotk|refren|ref\b|intro|outro|verse|chorus|hook|pre-|bridge|interlud|skit|część|part\b|cuty|tekst)"
 MARKS = "\u0300-\u036f\u0483-\u0489\u0591-\u05c7\u0610-\u065f\u0e31-\u0e4e\u1dc0-\u1dff\u20d0-\u20ff"
-RULES = {  # name -> (pattern, replacement), in this order; the time of each grows with the text only
+RULES = {  # name -> (pattern, replacement), in this order; each takes time linear in the text
     "line ends": (r"\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]", "\n"),  # Windows', old Mac's, Unicode's
     # control characters, soft hyphens, zero-width and bidi marks, lone surrogates
     "invisible marks": (r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f"
@@ -271,7 +271,7 @@ RULES = {  # name -> (pattern, replacement), in this order; the time of each gro
     "spaces": (r"[^\S\n]+", " "),  # several; tabs, no-break, thin, em... spaces
     "ends of lines": (r"(?m)^ | $", ""),
     "empty lines": (r"\A\n+|(?<=\n\n)\n+|\n+\Z", ""),
-    "stacked marks": (f"(?<=[{MARKS}]{{4}})[{MARKS}]+", ""),  # to order n takes n * n steps
+    "stacked marks": (f"(?<=[{MARKS}]{{4}})[{MARKS}]+", ""),  # sorting n of them takes n * n steps
     # "12 ContributorsTranslationsEnglishTitle Lyrics", a description that ends in "... Read More"
     "contributor counts": (r"\A\s*\d[\d.,]* Contributors?([^\n]{0,300}? Lyrics((?s:.{0,5000}?)(…|\.{3}) ?Read More)?)?", ""),
     # "See Somebody LiveGet tickets as low as $45"
@@ -289,9 +289,9 @@ RULES = {  # name -> (pattern, replacement), in this order; the time of each gro
     "look-alikes": (r"(?:[^\W\d_]|[\u0300-\u036f])+", mend_word),
 }  # fmt: skip
 def clean(text: str, keep_headers: bool = False):
-    """Lyrics as a person wrote them, and the characters less by each rule. Again, it changes nothing."""
+    """(clean lyrics, characters that each rule removed). Cleaning them again changes nothing."""
     fixed = Counter()
-    for _ in range(20):  # one rule may uncover work for another; what needs more is no lyric
+    for _ in range(20):  # one rule may make work for another; no lyrics need more
         before = text
         for name, (pattern, replacement) in RULES.items():
             if not (keep_headers and name == "section headers"):
@@ -334,7 +334,7 @@ def collect(args):
             if genius:
                 list_songs(genius, db)
                 fetch_songs(genius, db, select(db, args)[0])
-        except Trouble as trouble:  # what is there becomes a corpus all the same
+        except Trouble as trouble:  # write what there is anyway
             stopped = str(trouble)
         artist = db.execute("SELECT id AS artist_id, name AS artist FROM artist").fetchone()
         corpus, report = build(db, args)
@@ -356,7 +356,7 @@ def collect(args):
 
 
 # -------------------------------------- the end of the lesson: requests, files, token, command line
-TIMEOUT, HOUR = 15.0, 3600.0  # seconds: without an answer; of waiting between two good answers
+TIMEOUT, HOUR = 15.0, 3600.0  # seconds: for an answer; of retrying between two good answers
 RETRIES, BACKOFF = 5, 1.0  # further tries after a fault; seconds before the first, then doubled
 LARGEST = 4_000_000  # bytes of an answer, unpacked
 TOKEN_NAME = "GENIUS_ACCESS_TOKEN"
@@ -366,12 +366,12 @@ REFUSED = "Genius refuses (HTTP 403), as it does many data centres: another comp
 
 
 class PoliteSession(requests.Session):
-    """Keeps a distance between requests, repeats them after faults, lets sound answers through."""
+    """Spaces requests out, retries them after faults, and returns only sound answers."""
 
     delay, patience = 0.0, HOUR
 
     def request(self, method, url, **kwargs):
-        """As in requests, or raises Trouble or Stop, which repeat nothing of what was sent."""
+        """As in requests, or raises Trouble or Stop, which never quote what was sent."""
         is_page = "params" not in kwargs  # lyricsgenius asks for JSON, and with parameters
         kwargs |= {"timeout": TIMEOUT, "stream": True}  # read no more than LARGEST
         for seconds in (*(BACKOFF * 2**i for i in range(RETRIES)), 0):
@@ -384,26 +384,26 @@ class PoliteSession(requests.Session):
             except (requests.RequestException, ValueError, RecursionError) as error:
                 problem = type(error).__name__
             if not problem:
-                self.patience = HOUR  # a good answer starts it anew
+                self.patience = HOUR  # a good answer resets it
                 return response
             with suppress(ValueError, OverflowError, TypeError, IndexError):  # a number or a date
                 number = float(asked) if asked.isdecimal() else 0.0
                 seconds = max(seconds, number or parsedate_to_datetime(asked).timestamp() - time.time())
             seconds = round(min(seconds, self.patience))
             self.patience -= seconds
-            for left in range(seconds, 0, -60):  # told every minute
+            for left in range(seconds, 0, -60):  # say so every minute
                 tqdm.write(f"{problem}: waiting {left} s", file=sys.stderr)
                 time.sleep(min(left, 60))
         raise Trouble(f"no good answer from Genius ({problem}, {RETRIES + 1} times)")
 
     def fault(self, response, is_page):
-        """What is wrong with an answer but may pass, or "". Raises Stop, Trouble if it will not."""
+        """A temporary fault of an answer, or "". Raises Stop or Trouble for a permanent one."""
         status, body = response.status_code, bytearray()
         if status == 401:
             raise Stop(f"Genius does not accept this token (HTTP 401); {TOKEN_HELP}")
         if status == 404 and not is_page:
             raise Stop("Genius has no artist with this id (HTTP 404); search with --artist NAME")
-        if status in (408, 429) or status >= 500:  # this may pass
+        if status in (408, 429) or status >= 500:  # temporary
             return f"HTTP {status}"
         if status != 200:
             raise Trouble(f"HTTP {status}" if status != 403 else REFUSED + SEARCH_HELP * (not is_page))
@@ -415,14 +415,14 @@ class PoliteSession(requests.Session):
         if is_page:
             return "" if "</html>" in response.text else "half a page"
         answer = json.loads(body)
-        response.json = lambda: answer  # read once: what is nested too deep has raised an error by now
+        response.json = lambda: answer  # parsed once: JSON nested too deeply has raised an error by now
         sound = isinstance(answer, dict) and isinstance(answer.get("response"), dict)
         return "" if sound else "odd JSON"
 
 
 @contextmanager
 def database(args, genius):
-    """The artist's database, for this process alone; made if there is none. Raises Stop or Trouble."""
+    """The artist's database, for this process only; created if missing. Raises Stop or Trouble."""
     path, kind = args.database, Stop
     if args.offline and not path.exists():
         raise Stop(f"there is no {path} yet; run without --offline first")
@@ -435,13 +435,13 @@ def database(args, genius):
             if genius and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
                 artist = artist or find_artist(genius, args)
                 db.executescript(f"PRAGMA journal_mode = WAL; BEGIN; {SCHEMA}")
-                db.execute("INSERT INTO artist (id, name) VALUES (:id, :name)", artist)  # not yet stored:
-                # it is with the first page of the list, so that a wrong id is forgotten
+                db.execute("INSERT INTO artist (id, name) VALUES (:id, :name)", artist)  # not committed:
+                # that comes with the first page of the list, so that a wrong id is forgotten
             found = db.execute("SELECT id, next_page, odd_entries FROM artist").fetchone()
             if not found or db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("damaged")
             if args.artist_id not in (None, found[0]):
-                raise Stop(f"{path} is of artist {found[0]}; give another --artist name")
+                raise Stop(f"{path} belongs to artist {found[0]}; give another --artist name")
             kind = Trouble
             yield db
     except (sqlite3.Error, UnicodeDecodeError) as error:
@@ -450,7 +450,7 @@ def database(args, genius):
 
 
 def write(db, path, text):
-    """Put a text in the place of a file, at once. A file that we did not write is moved aside."""
+    """Replace a file by a text, atomically. A file that we did not write is moved aside."""
     data, temporary = text.encode("utf-8", "replace"), Path(f"{path}.{time.time_ns()}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -493,7 +493,7 @@ def connect(args):
 
 
 def parse_args(argv):
-    """Read and check the options. Raises Stop, which repeats no value: it may be a token."""
+    """Read and check the options. Raises Stop, which never quotes a value: it may be a token."""
 
     def refuse(message):
         """Name the option, if there is one."""
@@ -507,8 +507,8 @@ def parse_args(argv):
     add("--output", type=Path, help=f"corpus file (default: {FOLDER}/<artist>.txt)")
     add("--token_file", help="file that holds the Genius access token")
     add("--include_features", action="store_true", help="also songs that only feature the artist")
-    add("--versions", default="all", choices=("all", "first"), help="of remixes, live versions...")
-    add("--max_songs", type=int, help="at most that many songs, the first by title")
+    add("--versions", default="all", choices=("all", "first"), help="remixes, live versions...: all or the first")
+    add("--max_songs", type=int, help="at most this many songs, the first by title")
     add("--keep_headers", action="store_true", help="keep section headers such as [Refren]")
     add("--offline", action="store_true", help="build the corpus from the database alone")
     add("--delay", type=float, default=0.5, help="seconds between two requests (default: 0.5)")
@@ -523,7 +523,7 @@ def parse_args(argv):
     name = f"artist-{args.artist_id}" if args.artist is None else normalized(args.artist)
     if not 0 < len(name) <= 100 or not name.isprintable():
         refuse("--artist")
-    name = re.sub(r"[^\w -]", lambda match: f"%{ord(match[0])}", name).replace(" ", "_")  # unmistakable
+    name = re.sub(r"[^\w -]", lambda match: f"%{ord(match[0])}", name).replace(" ", "_")  # unambiguous
     args.database, args.output = FOLDER / f"{name}.sqlite", args.output or FOLDER / f"{name}.txt"
     with suppress(OSError, ValueError):  # a name that no file can have
         args.report = args.output.with_suffix(".report.json")
@@ -533,7 +533,7 @@ def parse_args(argv):
             if not (usable and os.access(path.parent, os.W_OK)) or args.output.suffix in (".sqlite", ".lock"):
                 raise ValueError
         return args
-    raise Stop(f"no file can be made at {args.output} or {args.database}; give another --output")
+    raise Stop(f"cannot create {args.output} or {args.database}; give another --output")
 
 
 def main(argv=None):
@@ -558,7 +558,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         status, message = 130, f"\nstopped; {kept}"
     print(message, file=sys.stderr)
-    if IN_NOTEBOOK and status != 2:  # the next cells may go on
+    if IN_NOTEBOOK and status != 2:  # the next cells can still run
         return report
     raise SystemExit(status)
 

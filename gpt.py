@@ -61,12 +61,12 @@ RECIPES = {
 LARGE = 2_000_000  # training tokens; with fewer, base memorizes: it was no better than tiny on 400,000
 EPOCHS = 12  # modern reads the text at most this often by default; after that it begins to memorize
 SHAPE = ("recipe", "n_layer", "n_head", "n_embd", "block_size", "recall")  # what the weights depend on
-# Said by the command line alone, never by a loaded file: above all where a run writes.
+# Set on the command line only, never by a loaded file: above all, where a run writes.
 UNINHERITED = {"run_dir", "save_path", "output", "load_url", "sample_only"}
 
 
 class Stop(Exception):
-    """Ends the program with one line. Stop(line): the user can put it right; Stop(line, 1): a failure."""
+    """Ends the program with one line. Stop(line): the user can fix it; Stop(line, 1): a failure."""
 
 
 def option(default, help, low=0, high=1e9, choices=None):
@@ -77,7 +77,7 @@ def option(default, help, low=0, high=1e9, choices=None):
 @dataclass(frozen=True)
 class Config:
     """Every option: its name, type, default and help. None: set by --size or --recipe."""
-    seed: int = option(2115, "seed of everything random", 0, 2**62)
+    seed: int = option(2115, "random seed", 0, 2**62)
     # files
     input: str = option("assets/input/input2.txt", "the text to learn from")
     run_dir: str = option("assets/char_model", "folder for everything that the run writes")
@@ -91,14 +91,14 @@ class Config:
     recipe: str = option("modern", "modern, or the original's classic", choices=tuple(RECIPES))
     n_layer: int = option(None, "transformer blocks", 1, 1000)
     n_head: int = option(None, "attention heads in a block", 1)
-    n_embd: int = option(None, "width: numbers that represent one position", 1, 2**16)
+    n_embd: int = option(None, "width: length of the vector at each position", 1, 2**16)
     block_size: int = option(None, "context: how many tokens the model sees", 2)
-    recall: str = option("", "show what followed the last N tokens before, for each N (\"\": do not)")
-    dropout: float = option(None, "share of activations zeroed in training", 0, 0.99)
+    recall: str = option("", "show what followed the last N tokens earlier, for each N (\"\": off)")
+    dropout: float = option(None, "fraction of activations zeroed in training", 0, 0.99)
     grow: int = option(None, "start with short rows that double in length this many times", 0, 10)
     # training
     batch_size: int = option(None, "rows in a batch (per process)", 1, 2**20)
-    grad_accum: int = option(1, "batches whose gradients are added up before a step", 1)
+    grad_accum: int = option(1, "batches whose gradients are accumulated for one step", 1)
     max_iters: int = option(None, f"steps; modern: by default {EPOCHS} passes over the text", 1)
     learning_rate: float = option(None, "peak learning rate", 1e-9, 1e18)
     weight_decay: float = option(None, "decoupled weight decay")
@@ -118,24 +118,24 @@ class Config:
     max_new_tokens: int = option(500, "length of each text, in tokens", 1)
     temperature: float = option(0.8, "below 1 plays safe, above 1 takes risks, 0: the likeliest")
     top_k: int = option(0, "draw from the k likeliest tokens (0: all)")
-    top_p: float = option(0.95, "draw from the likeliest that have this probability", 1e-9, 1)
-    stop_at_end: bool = option(False, "end a text where the model ends the song")
+    top_p: float = option(0.95, "draw from the likeliest that add up to this probability", 1e-9, 1)
+    stop_at_end: bool = option(False, "stop each text where the model ends the song")
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
-SEPARATOR = "\n<|endoftext|>\n"  # between two songs in a file: with its line breaks, one token
-END = "\0"  # that token inside this program; no text file holds this character
+SEPARATOR = "\n<|endoftext|>\n"  # between two songs in a file; one token, line breaks included
+END = "\0"  # that token inside this program; no text file contains this character
 
 
 class CharTokenizer:
-    """Characters to numbers and back; the last number is the end of a song.
+    """Maps characters to numbers and back; the last number is the end of a song.
 
     Example: CharTokenizer("abc").encode("cab") is tensor([2, 0, 1]).
     """
 
     def __init__(self, chars: str, start: str = END):
-        self.state = dict(chars=chars, start=start)  # what a checkpoint keeps
-        self.start = start  # what a text without a prompt starts from
+        self.state = dict(chars=chars, start=start)  # saved in a checkpoint
+        self.start = start  # what a text starts from if there is no prompt
         self.chars = chars + END
         self.end, self.vocab_size = len(chars), len(self.chars)
         small = torch.uint8 if self.vocab_size < 256 else torch.int32
@@ -144,8 +144,8 @@ class CharTokenizer:
         self.number_of[codes] = torch.arange(self.vocab_size).to(small)
 
     def encode(self, text: str) -> torch.Tensor:
-        """Token numbers, shape (len(text),), in a small integer type. Stop names an unknown character."""
-        unknown = set(text) - set(self.chars)  # in a prompt, say
+        """Token numbers, shape (len(text),), in a small integer type. Stop if a character is unknown."""
+        unknown = set(text) - set(self.chars)  # for example, in a prompt
         if unknown:
             raise Stop(f"the model's text has no {min(unknown)!r}: leave that character out")
         ids = torch.empty(len(text), dtype=self.number_of.dtype)
@@ -155,7 +155,7 @@ class CharTokenizer:
         return ids
 
     def stream(self, ids):
-        """Yield the text of each token number as it comes."""
+        """Yield the text of each token as it arrives."""
         return (self.chars[i] for i in ids)  # one by one, as they are drawn
 
     def count_chars(self, ids: torch.Tensor) -> torch.Tensor:
@@ -163,7 +163,7 @@ class CharTokenizer:
         return torch.ones_like(ids, dtype=torch.long)
 
     def describe(self, text: str, ids: torch.Tensor) -> dict:
-        """What the vocabulary makes of the training text. Density: how often an entry is seen."""
+        """How the vocabulary fits the training text. Density: how often an entry is seen on average."""
         return dict(vocab_size=self.vocab_size, chars_per_token=1, tokens_per_vocab_entry=len(ids) / self.vocab_size)
 
 
@@ -171,11 +171,11 @@ class CharTokenizer:
 def split_corpus(text: str) -> tuple[str, str]:
     """Training and validation text, the same in every stage: cut at the song boundary nearest to 90 %.
 
-    If there is none from 85 to 95 %, at the line end nearest to 90 %, else at the character.
+    If there is none between 85 and 95 %, at the line end nearest to 90 %; failing that, at exactly 90 %.
     """
     target, low, high = (round(len(text) * share) for share in (0.90, 0.85, 0.95))
     for mark in (END, "\n"):
-        cuts = [text.rfind(mark, 0, target) + 1, text.find(mark, target) + 1]  # before it, after it
+        cuts = [text.rfind(mark, 0, target) + 1, text.find(mark, target) + 1]  # before the target, after it
         cuts = [cut for cut in cuts if max(low, 1) <= cut <= min(high, len(text) - 1)]
         if cuts:
             target = min(cuts, key=lambda cut: abs(cut - target))
@@ -187,19 +187,19 @@ REACH = 1536  # how many tokens recall looks back
 
 
 def recall(ids: torch.Tensor, n: int, none: int, end: int = -1) -> torch.Tensor:
-    """For each position, what followed the last time that the same n tokens stood in this song; else `none`.
+    """For each position, what followed the last time the same n tokens occurred in this song; else `none`.
 
-    Songs repeat: whoever has heard the first line of a refrain knows its second. Large models learn by
-    themselves to look that up (induction heads: Olsson et al., arXiv:2209.11895). A small model does not
-    find out from one text, so it is told. Example: at the last "a" of "tra la la" and with n = 2 it is
-    the blank, as "la" stood before and a blank came after it. Shape in and out: (N,).
+    Songs repeat: if you have heard a refrain once, its first line tells you the second. Large models learn
+    to look this up by themselves (induction heads: Olsson et al., arXiv:2209.11895). A small model does not
+    learn it from a single text, so it gets it as an input. Example: at the last "a" of "tra la la", with
+    n = 2, the result is the space, because that is what followed the first "la". Shape in and out: (N,).
     """
     found = torch.full_like(ids, none)
     for begin in range(0, len(ids), 2**20):  # in parts, to save memory
         start = max(0, begin - REACH - n)
         part = ids[start:begin + 2**20].long()
-        key = (part == end).cumsum(0)  # the number of the song
-        for _ in range(n):  # and of the last n tokens; int64 wraps around
+        key = (part == end).cumsum(0)  # a hash of the song's number
+        for _ in range(n):  # and the last n tokens; int64 wraps around
             key = F.pad(key, (1, 0))[:-1] * 1_000_003 + part + 1
         order = key.argsort(stable=True)  # equal keys side by side, in the order of the text
         before, here = order[:-1], order[1:]
@@ -211,18 +211,18 @@ def recall(ids: torch.Tensor, n: int, none: int, end: int = -1) -> torch.Tensor:
 
 
 class Memory:
-    """The same one token at a time, for when the model writes: a dictionary says where the last n tokens stood."""
+    """recall() one token at a time, for generation: a dictionary stores where the last n tokens occurred."""
 
     def __init__(self, orders: list[int], none: int, end: int = -1):
         self.orders, self.none, self.end = orders, none, end
-        self.read, self.after = [], {}  # all tokens; n tokens -> where the next one stands
+        self.read, self.after = [], {}  # all tokens; n tokens -> position of the next one
 
     def add(self, token: int) -> list[int]:
-        """Read a token. What followed the last time, for each n."""
+        """Read a token. Returns what followed the last time, for each n."""
         self.read.append(token)
         if token == self.end:
             self.after.clear()  # a new song
-        here = len(self.read)  # where the next token will stand
+        here = len(self.read)  # position of the next token
         lasts = [(n, *self.read[-n:]) for n in self.orders]
         places = [self.after.get(last, -REACH) for last in lasts]
         self.after.update((last, here) for last in lasts)
@@ -230,7 +230,7 @@ class Memory:
 
 
 def with_recall(ids: torch.Tensor, config: Config, tokenizer) -> torch.Tensor:
-    """A text and, for each n, what is recalled at each position: shape (N, 1 + orders)."""
+    """The tokens and, for each n, what is recalled at each position: shape (N, 1 + orders)."""
     orders = recall_orders(config)
     data = ids.new_empty(len(ids), 1 + len(orders))
     data[:, 0] = ids
@@ -240,9 +240,9 @@ def with_recall(ids: torch.Tensor, config: Config, tokenizer) -> torch.Tensor:
 
 
 def row_length(config: Config, step: int) -> int:
-    """How many tokens a row of this step has: it doubles `grow` times, at even intervals, up to the context.
+    """Tokens in a row at this step: the length doubles `grow` times, at even intervals, up to the context.
 
-    What stands near is learned first, and short rows are quick, as attention looks at all pairs of
+    Nearby context is learned first, and short rows are fast, because attention looks at all pairs of
     positions (Press et al., "Shortformer", arXiv:2012.15832).
     """
     doublings_left = config.grow - step * (config.grow + 1) // config.max_iters  # grow, ..., 1, 0
@@ -251,36 +251,36 @@ def row_length(config: Config, step: int) -> int:
 
 @functools.lru_cache(2)  # once an epoch, not once a step
 def shuffled_windows(length: int, size: int, seed: int) -> torch.Tensor:
-    """Where an epoch's windows begin, shape (length // size,): the text is a ring, cut at random, then every `size`."""
+    """Where an epoch's windows begin, shuffled: every `size` tokens around the text, a ring. (length // size,)"""
     generator = torch.Generator().manual_seed(seed)
-    cut = torch.randint(length, (1,), generator=generator)  # elsewhere in each epoch
+    cut = torch.randint(length, (1,), generator=generator)  # a new offset each epoch
     return cut + size * torch.randperm(max(1, length // size), generator=generator)
 
 
 def read_at(data: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """What stands at these places, as int64: shape (*places.shape, 1 + orders)."""
-    # By numpy: torch before 2.10 takes no entries out of 16-bit numbers, as stage 2 has them.
+    """The rows of data at these places, as int64: shape (*places.shape, 1 + orders)."""
+    # With NumPy: torch before 2.10 cannot index tensors of 16-bit numbers, which stage 2 has.
     return torch.from_numpy(data.numpy()[places.numpy()]).long()
 
 
 def draw_batch(data, config: Config, step: int, rank: int, world: int) -> torch.Tensor:
     """The rows of a step for process `rank` of `world`, shape (grad_accum, B, T + 1, 1 + orders).
 
-    classic: windows anywhere. modern: epochs, so that nothing is read twice before all is read. The draw
-    depends on seed and step alone: a resumed run sees what an uninterrupted one would have seen.
+    classic: windows anywhere. modern: epochs, so nothing is read twice before everything is read once. The
+    draw depends only on the seed and the step: a resumed run sees what an uninterrupted one would have seen.
     """
     size = row_length(config, step)  # T
-    rows = config.batch_size * (config.block_size // size)  # where rows are shorter, there are more
+    rows = config.batch_size * (config.block_size // size)  # shorter rows, but more of them
     count = config.grad_accum * rows * world  # rows in this step, in all processes
     if config.recipe == "classic":
         generator = torch.Generator().manual_seed(hash((config.seed, step)))
         starts = torch.randint(len(data) - size, (count,), generator=generator)[rank::world]
     else:
         per_epoch = max(1, len(data) // size)  # rows
-        numbers = torch.arange(step * count + rank, (step + 1) * count, world)  # of all rows ever
+        numbers = torch.arange(step * count + rank, (step + 1) * count, world)  # rows of the whole run
         first, last = step * count // per_epoch, ((step + 1) * count - 1) // per_epoch
         epochs = [shuffled_windows(len(data), size, hash((config.seed, epoch)))
-                  for epoch in range(first, last + 1)]  # a step may end one and begin another
+                  for epoch in range(first, last + 1)]  # a step may span two
         starts = torch.cat(epochs)[numbers - first * per_epoch]
     places = starts[:, None] + torch.arange(size + 1)  # (rows, T + 1)
     return read_at(data, places % len(data)).view(config.grad_accum, rows, size + 1, -1)
@@ -288,9 +288,9 @@ def draw_batch(data, config: Config, step: int, rank: int, world: int) -> torch.
 
 # -------------------------------------------------------------------------------------------- model
 def rotate(x, rope):
-    """Rotary positions (Su et al., arXiv:2104.09864): turn pairs of numbers by angles that grow with the position.
+    """Rotary positions (Su et al., arXiv:2104.09864): rotate pairs of numbers by angles that grow with the position.
 
-    The product of a query and a key then depends on how far apart they stand. x: (..., T, hs).
+    The dot product of a query and a key then depends on the distance between them. x: (..., T, hs).
     """
     cos, sin = rope.to(x.dtype)  # (T, hs) each
     a, b = x.chunk(2, dim=-1)  # the pairs: one number from each half
@@ -298,7 +298,7 @@ def rotate(x, rope):
 
 
 class MultiHeadAttention(nn.Module):
-    """Self-attention by hand, all heads in one batched product (Vaswani et al., arXiv:1706.03762)."""
+    """Self-attention written out, all heads in one batched product (Vaswani et al., arXiv:1706.03762)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -321,7 +321,7 @@ class MultiHeadAttention(nn.Module):
         v = self.value(x).view(heads).transpose(1, 2)  # what it has to say
         if self.modern:
             q, k = rotate(self.qk_norm(torch.stack((q, k))), rope)  # both at once
-        if cache is not None:  # in generation k and v of what was read before are kept
+        if cache is not None:  # in generation, k and v of earlier positions are kept
             S = mask.size(1)  # all positions so far, the last T of them new
             if self not in cache:
                 cache[self] = k.new_empty(2, B, self.n_head, self.block_size, C // self.n_head)
@@ -342,7 +342,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.modern = config.recipe == "modern"
         hidden = 4 * config.n_embd
-        if self.modern:  # three matrices: at two thirds of the width they have as many parameters
+        if self.modern:  # three matrices at two thirds of the width: as many parameters as two
             hidden = 32 * max(1, round(config.n_embd * 8 / 3 / 32))
             self.gate = nn.Linear(config.n_embd, hidden, bias=False)
         self.up = nn.Linear(config.n_embd, hidden, bias=not self.modern)
@@ -363,7 +363,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        # Without a bias it is RMSNorm (arXiv:1910.07467) of a centred x, and quicker on a CPU.
+        # Without a bias it is RMSNorm (arXiv:1910.07467) of a centred x, and faster on a CPU.
         self.norm1 = nn.LayerNorm(config.n_embd, bias=config.recipe == "classic")
         self.norm2 = nn.LayerNorm(config.n_embd, bias=config.recipe == "classic")
         self.attention = MultiHeadAttention(config)
@@ -376,13 +376,13 @@ class Block(nn.Module):
 
 
 class GPTLanguageModel(nn.Module):
-    """Tokens in; out, for each position, a score for every token that may come next."""
+    """For each position, a score for every token that may come next."""
 
     def __init__(self, config: Config, vocab_size: int):
         super().__init__()
         self.modern = config.recipe == "modern"
         self.orders = recall_orders(config)
-        entries = vocab_size + (1 if self.orders else 0)  # the last: nothing is recalled
+        entries = vocab_size + (1 if self.orders else 0)  # the last one: nothing is recalled
         self.token_embedding = nn.Embedding(entries, config.n_embd)  # C numbers for each token
         self.recall = nn.ModuleList(nn.Linear(config.n_embd, config.n_embd, bias=False) for _ in self.orders)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -399,11 +399,11 @@ class GPTLanguageModel(nn.Module):
         else:
             self.position_embedding = nn.Embedding(T, config.n_embd)
         self.apply(self.init_weights)
-        for matrix in self.recall:  # it takes of what is recalled as much as helps
+        for matrix in self.recall:  # training adds as much of recall as helps
             nn.init.zeros_(matrix.weight)
 
     def init_weights(self, module):
-        """Small random numbers. modern: a block adds nothing at first, it starts as the identity."""
+        """Small random numbers. modern: each block starts as the identity."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -413,9 +413,9 @@ class GPTLanguageModel(nn.Module):
             nn.init.zeros_(module.feed_forward.down.weight)
 
     def forward(self, idx, targets=None, recalled=None, cache=None, past=0):
-        """Logits (B, T, vocab_size), or with targets (B, T) the mean loss. idx: (B, T), after `past` cached ones.
+        """Logits (B, T, vocab_size), or with targets (B, T) the mean loss. idx: (B, T), after `past` cached tokens.
 
-        recalled: (B, T, orders), what followed the last time; None: nothing is known.
+        recalled: (B, T, orders), what followed the last time; None: no recall.
         """
         S = past + idx.size(1)  # all positions so far, the last T of them new
         x = self.token_embedding(idx)  # (B, T, C)
@@ -453,7 +453,7 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalized momentum: every direction of a weight matrix learns at the same pace (Jordan et al., 2024).
 
     The step of torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (arXiv:2502.16982: one learning rate
-    for Muon and AdamW), but all matrices of a group, which have one shape, in one batched product.
+    for Muon and AdamW), but all matrices of a group have the same shape and share one batched product.
     """
 
     def __init__(self, groups, lr: float, weight_decay: float, momentum: float = 0.95):
@@ -463,7 +463,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """One step for all parameters."""
         for group in self.param_groups:
-            params, lr, beta = group["params"], group["lr"], group["momentum"]  # matrices of one shape
+            params, lr, beta = group["params"], group["lr"], group["momentum"]  # matrices of the same shape
             grad = torch.stack([p.grad for p in params])  # (n, rows, cols)
             momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad))
             momentum.lerp_(grad, 1 - beta)  # a running mean of the gradients
@@ -479,7 +479,7 @@ def make_optimizers(model: GPTLanguageModel, config: Config) -> list[torch.optim
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
     if config.recipe == "classic":
         return [torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=fused)]
-    shapes, rest = {}, []  # matrices of one shape are orthogonalized together
+    shapes, rest = {}, []  # matrices of the same shape are orthogonalized together
     for name, p in model.named_parameters():
         if "blocks" in name and p.ndim == 2:
             shapes.setdefault(p.shape, []).append(p)
@@ -494,17 +494,17 @@ def learning_rate(config: Config, step: int) -> float:
     if config.recipe == "classic":
         return config.learning_rate
     rise = (step + 1) / (config.warmup_iters + 1)  # small steps at first
-    fall = (config.max_iters - step) / max(1, config.max_iters - config.warmup_iters)  # and at last
+    fall = (config.max_iters - step) / max(1, config.max_iters - config.warmup_iters)  # and at the end
     return config.learning_rate * min(rise, fall)
 
 
 # --------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def token_losses(model, data, config: Config, context: int) -> torch.Tensor:
-    """Nats of each token but the first, each predicted exactly once: shape (N - 1,). No random draw.
+    """Nats for each token but the first, each predicted exactly once: shape (N - 1,). Nothing is random.
 
-    A window begins in the middle of the one before and adds what is new in it, so that each token is
-    predicted from half a context at least, as it is when the model writes.
+    Each window begins in the middle of the previous one, and only its new half counts: after the first
+    window, every token is predicted from at least half a context, as in generation.
     """
     model.eval()
     device, step, losses = next(model.parameters()).device, max(1, context // 2), []
@@ -518,8 +518,8 @@ def token_losses(model, data, config: Config, context: int) -> torch.Tensor:
             logits = model(read[:, :-1, 0], recalled=read[:, :-1, 1:])  # (B, T, vocab_size)
         targets = read[:, 1:, 0].flatten()
         nats = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")  # (B * T,)
-        new = places[:, 1:] < len(data)  # not beyond the end,
-        new[start > 0, :context - step] = False  # nor in the window before
+        new = places[:, 1:] < len(data)  # within the text,
+        new[start > 0, :context - step] = False  # and not in the previous window
         losses.append(nats.cpu()[new.flatten()])
     return torch.cat(losses).double()
 
@@ -530,13 +530,13 @@ def evaluate(model, data, tokenizer, config: Config, context: int) -> tuple[floa
     Bits per character, nats / (ln 2 * characters), can be compared between tokenizers.
     """
     nats = token_losses(model, data, config, context)
-    chars = tokenizer.count_chars(data[1:len(nats) + 1, 0])  # a token may stand for several
+    chars = tokenizer.count_chars(data[1:len(nats) + 1, 0])  # a token may be several characters
     return nats.mean().item(), nats.sum().item() / (math.log(2) * chars.sum().item())
 
 
 # ----------------------------------------------------------------------------------------- sampling
 def draw_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw one token a row from the scores: logits (B, vocab_size), result (B,)."""
+    """Draw one token per row from the scores: logits (B, vocab_size), result (B,)."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1)  # the likeliest
     scores, order = (logits.float() / temperature).sort(dim=-1, descending=True)
@@ -544,16 +544,16 @@ def draw_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if probs.isnan().any():
         raise Stop(NAN, 1)
     if top_p < 1:  # nucleus sampling (Holtzman et al., arXiv:1904.09751)
-        probs[probs.cumsum(dim=-1) - probs >= top_p] = 0  # those before already make up top_p
+        probs[probs.cumsum(dim=-1) - probs >= top_p] = 0  # the ones before already add up to top_p
     return order.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)
 
 
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_p=1.0, generator=None,
              end=-1):
-    """Yield max_new_tokens times the next token of each row, shape (B,). idx: (B, T), the prompt.
+    """Yield the next token of each row, shape (B,), max_new_tokens times. idx: (B, T), the prompt.
 
-    The cache keeps each block's keys and values, so that a new token costs one position. When the context
+    The cache keeps each block's keys and values, so a new token costs only one position. When the context
     is full, its last half is kept and read again.
     """
     model.eval()
@@ -575,12 +575,12 @@ def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_
 
 
 def sample_text(model, tokenizer, config: Config, context: int, number=0, length=None):
-    """Yield one text piece by piece, the prompt first. The same seed and number give the same text."""
+    """Yield a text piece by piece, the prompt first. The same seed and number give the same text."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(hash((config.seed, -1, number)))
     idx = tokenizer.encode(config.prompt or tokenizer.start).long().to(device)[None]  # (1, T)
     yield config.prompt  # not drawn, but part of the text
-    # On a CPU casts to bfloat16 cost more than they save, with one position at a time.
+    # On a CPU, with one position at a time, casts to bfloat16 cost more than they save.
     with mixed_precision("float32" if device.type == "cpu" else config.dtype, device):
         tokens = generate(model, idx, length or config.max_new_tokens, context,
                           config.temperature, config.top_k, config.top_p, generator, tokenizer.end)
@@ -594,10 +594,10 @@ def sample_text(model, tokenizer, config: Config, context: int, number=0, length
 # ----------------------------------------------------------------------------------------- training
 def take_step(network, optimizers, scaler, rows, config: Config, step: int) -> torch.Tensor:
     """One optimizer step on rows (grad_accum, B, T + 1, 1 + orders). Returns the mean loss, in nats per token."""
-    torch.manual_seed(hash((config.seed, step, RANK)))  # for dropout: so there is no state to save
+    torch.manual_seed(hash((config.seed, step, RANK)))  # for dropout, so no RNG state must be saved
     network.train()  # dropout on
     amp = mixed_precision(config.dtype, rows.device)
-    total = 0  # of the losses
+    total = 0  # sum of the losses
     for batch in rows:
         idx, targets, recalled = batch[:, :-1, 0], batch[:, 1:, 0], batch[:, :-1, 1:]
         with amp:
@@ -619,21 +619,21 @@ def take_step(network, optimizers, scaler, rows, config: Config, step: int) -> t
 
 
 def train(config: Config, model, tokenizer, train_data, val_data, facts: dict, saved: dict | None) -> list[dict]:
-    """Train to max_iters, or until `patience` evaluations brought nothing. The history: a record an evaluation."""
+    """Train to max_iters, or until `patience` evaluations bring no improvement. Returns a record for each one."""
     device = next(model.parameters()).device
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     if config.compile:
         network = torch.compile(network, dynamic=False)
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=facts["dtype"] == "float16")
-    history, start, seconds = [], 0, 0.0  # seconds of training alone
-    if saved:  # continue where the last evaluation left the run
+    history, start, seconds = [], 0, 0.0  # training time only
+    if saved:  # continue from the last evaluation
         history, start, seconds = saved["history"], saved["history"][-1]["iter"], saved["history"][-1]["seconds"]
         scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
     context, losses, told = config.block_size, [], seconds
-    hidden = None if RANK == 0 and sys.stderr else True  # None: hidden where nobody watches
+    hidden = None if RANK == 0 and sys.stderr else True  # None: hidden unless on a terminal
     bar = tqdm(total=config.max_iters, initial=start, unit="step", leave=False, disable=hidden)
     for step in range(start, config.max_iters + 1):
 
@@ -661,7 +661,7 @@ def train(config: Config, model, tokenizer, train_data, val_data, facts: dict, s
             return history
 
         # One step.
-        began = time.perf_counter()  # the clock stands still while it evaluates and writes
+        began = time.perf_counter()  # evaluating and sampling are not timed
         rows = draw_batch(train_data, config, step, RANK, WORLD).to(device, non_blocking=True)
         losses.append(take_step(network, optimizers, scaler, rows, config, step))
         context = row_length(config, step)  # how far back the model has learned to look
@@ -673,10 +673,10 @@ def train(config: Config, model, tokenizer, train_data, val_data, facts: dict, s
 
 # ------------------------------- the end of the lesson: devices, files, command line
 class Dropout(nn.Dropout):
-    """nn.Dropout (Srivastava et al., 2014), quicker on a CPU: torch draws a double for each number, here it is a byte."""
+    """nn.Dropout (Srivastava et al., 2014), faster on a CPU: torch draws a double for each number, we a byte."""
 
     def forward(self, x):
-        """Zero a share p, counted in 256ths, in training; what stays grows by 1 / (1 - p). Shape in and out: any."""
+        """In training, zero a fraction p (rounded to 256ths) and scale the rest by 1 / (1 - p). Any shape."""
         if not self.training or not self.p:
             return x
         if x.device.type != "cpu":
@@ -684,7 +684,7 @@ class Dropout(nn.Dropout):
         bound = round(256 * self.p)  # a byte below it means zero
         words = torch.randint(-2**63, 2**63 - 1, (math.ceil(x.numel() / 8),))  # 64 random bits each
         numbers = words.view(torch.uint8)[:x.numel()].view(x.shape).to(x.dtype)
-        keep = torch.ge(numbers, bound, out=torch.empty_like(numbers))  # 0 or 1, in x's own type
+        keep = torch.ge(numbers, bound, out=torch.empty_like(numbers))  # 0 or 1, in x's dtype
         return x * keep.mul_(256 / (256 - bound))
 
 
@@ -694,13 +694,13 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = next(device for device in available if available[device])
     if not available[name]:
-        raise Stop(f"--device {name}: there is none here; use --device auto")
+        raise Stop(f"--device {name}: not available here; use --device auto")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
 def mixed_precision(name: str, device: torch.device) -> torch.autocast:
-    """A context to compute in; auto: bfloat16 where the hardware has it, float16 on an older GPU, else float32."""
-    if name == "auto" and device.type == "cuda":  # is_bf16_supported() would count a slow emulation
+    """The autocast context; auto: bfloat16 where the hardware has it, float16 on an older GPU, else float32."""
+    if name == "auto" and device.type == "cuda":  # is_bf16_supported() also accepts slow emulation
         name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     elif name == "auto":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -709,20 +709,20 @@ def mixed_precision(name: str, device: torch.device) -> torch.autocast:
 
 
 def keep_memory():
-    """Let freed memory stay with the process: glibc gives large tensors back, and each step asks for them anew."""
+    """Keep freed memory in the process: glibc returns large tensors, and each step asks for them again."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another system, or another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: map only what is larger
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back only more
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return only what exceeds this
 
 
-# Several processes, as torchrun starts them: each has a rank. The first alone writes and prints.
+# Several processes, as torchrun starts them: each has a rank. Only the first writes and prints.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 IN_NOTEBOOK = "kernel" in os.path.basename((sys.argv or [""])[0])  # then sys.argv is the kernel's
 
 
 def say(text: str):
-    """Print a line above the progress bar, in the first process alone."""
+    """Print a line above the progress bar, in the first process only."""
     if RANK == 0:
         with tqdm.external_write_mode():
             print(text, flush=True)
@@ -737,21 +737,21 @@ def average(number: float) -> float:
 
 
 def join_processes(facts: dict):
-    """Meet the other processes of this run. Stop if they differ in the text or in an option."""
+    """Connect to the other processes of this run. Stop if their texts or options differ."""
     if WORLD > 1:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in facts["device"] else "gloo")
-        except (ValueError, RuntimeError) as e:  # an address that is missing, or taken
+        except (ValueError, RuntimeError) as e:  # an address that is missing or in use
             reason = str(e).partition("\n")[0]
-            raise Stop(f"the processes do not find each other ({reason}): start them with torchrun") from None
+            raise Stop(f"the processes cannot find each other ({reason}): start them with torchrun") from None
         everybodys = [None] * WORLD
         dist.all_gather_object(everybodys, facts | dict(device=""))
         if any(other != everybodys[0] for other in everybodys):
-            raise Stop("the processes of this run have different texts or options: give all the same")
+            raise Stop("the processes of this run have different texts or options: give them all the same")
 
 
 def recall_orders(config: Config) -> list[int]:
-    """The numbers of --recall. Stop if they are none."""
+    """The numbers in --recall. Stop if they are invalid."""
     if not re.fullmatch(r"([1-9]\d{0,2}(,[1-9]\d{0,2}){0,9})?", config.recall):
         raise Stop(f"--recall {config.recall}: must be numbers from 1 to 999, such as 10,20")
     if config.recall and config.recipe == "classic":
@@ -760,7 +760,7 @@ def recall_orders(config: Config) -> list[int]:
 
 
 def repeated(text: str) -> torch.Tensor:
-    """For each character: is it in a line of 12 or more that stood in the 3,000 characters before? Case ignored."""
+    """For each character: is it in a line of 12 or more that occurs in the 3,000 before it? Case is ignored."""
     marks = torch.zeros(len(text), dtype=torch.bool)
     for line in re.finditer(rf"[^\n{END}]{{12,}}", text):
         begin, end = line.span()
@@ -769,9 +769,9 @@ def repeated(text: str) -> torch.Tensor:
 
 
 def by_repetition(model, data, tokenizer, config: Config, context: int) -> dict:
-    """Does the model use what it has read? Bits per character in repeated lines and elsewhere, and the lines' share.
+    """Does the model use what it has read? Bits per character in repeated lines and elsewhere, and their share.
 
-    A token belongs where its last character stands. None where there is nothing.
+    A token counts where its last character is. None where there is nothing to measure.
     """
     nats = token_losses(model, data, config, context)
     ids = data[1:len(nats) + 1, 0]
@@ -793,10 +793,10 @@ def best_of(history: list[dict]) -> dict:
 
 # --------------------------------------------------------------------------------- options and text
 def check_values(options: dict):
-    """Stop if an option is not known, or its value is of another type or out of its range."""
+    """Stop if an option is unknown, or its value has the wrong type or is out of range."""
     for name, value in options.items():
         f = Config.__dataclass_fields__.get(name)
-        no_text = re.search("[\0\ud800-\udc7f\udd00-\udfff]", str(value))  # and no name of a file
+        no_text = re.search("[\0\ud800-\udc7f\udd00-\udfff]", str(value))  # nor a file name
         if not f or type(value) is not f.type or no_text:
             raise Stop(f"--{name} {value!r} is not an option of this version")
         low, high, choices = (f.metadata[limit] for limit in ("low", "high", "choices"))
@@ -821,20 +821,20 @@ def parse_args(argv) -> dict:
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name}", help=f.metadata["help"] + note, **kind)
     given = vars(parser.parse_args(argv))
-    check_values(given)  # the ranges: argparse knows types and choices
+    check_values(given)  # ranges; argparse has checked types and choices
     if "prompt" in given:  # bytes that are not UTF-8 come from a shell as lone surrogates: drop them
         given["prompt"] = unicodedata.normalize("NFC", given["prompt"].encode(errors="ignore").decode())
     return given
 
 
 def inherit(given: dict, checkpoint: dict | None) -> dict:
-    """The options that were given and, where they say nothing, the checkpoint's: all if resumed, else its shape."""
+    """The given options, completed by the checkpoint's: by all of them to resume, else by the model's shape."""
     if not checkpoint:
         return given
     old = checkpoint["config"]
     for name in SHAPE:
         if given.get(name, old[name]) != old[name]:
-            raise Stop(f"--{name} {given[name]} contradicts the checkpoint's {old[name]}: leave it out, or train anew")
+            raise Stop(f"--{name} {given[name]} contradicts the checkpoint's {old[name]}: leave it out, or retrain")
     names = set(SHAPE)  # a new run from old weights
     if given.get("resume"):
         if given.get("max_iters", math.inf) < old["max_iters"]:
@@ -844,10 +844,10 @@ def inherit(given: dict, checkpoint: dict | None) -> dict:
 
 
 def make_config(given: dict, device: torch.device, tokens: int = 0) -> Config:
-    """Settle what was not given: by the recipe, by the size, and in modern by the number of training tokens.
+    """Fill in what was not given: from the recipe, the size and, in modern, the number of training tokens.
 
-    modern makes EPOCHS passes over the text, in 100 steps at least and the size's own number at most, and
-    shows in between what it has learned: ten evaluations or more, four samples or more.
+    modern makes EPOCHS passes over the text, but takes at least 100 steps and at most the size's number,
+    with at least ten evaluations and four samples.
     """
     size, recipe = given.get("size", "auto"), given.get("recipe", Config.recipe)
     if size == "auto":
@@ -880,7 +880,7 @@ def make_tokenizer(asked: dict, text: str, checkpoint: dict | None) -> CharToken
 
 
 def read_corpus(path: str) -> str:
-    """The text of a UTF-8 file, its songs separated by END. A BOM and Windows line ends are tolerated."""
+    """The text of a UTF-8 file, its songs separated by END. A BOM and Windows line endings are accepted."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # also turns \r\n into \n
     except OSError as e:
@@ -895,7 +895,7 @@ def read_corpus(path: str) -> str:
     songs = text.count(END) + 1
     if not text.strip():
         raise Stop(f"{path} is empty: put lyrics in it")
-    rule = r"|^[-=*#_~]{3,}$" if songs == 1 else ""  # inside songs such a line may be theirs
+    rule = r"|^[-=*#_~]{3,}$" if songs == 1 else ""  # several songs may contain such lines
     mark = re.search(r"<\|?/?\w+\|?>" + rule, text, re.MULTILINE)
     if mark:
         say(f"note: {mark[0]} in {path} is read as text, {songs} song(s) in all; "
@@ -907,11 +907,11 @@ def read_corpus(path: str) -> str:
 FORMAT_VERSION = 3
 NAN = "the loss turned NaN: lower --learning_rate"
 DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError,
-           pickle.UnpicklingError, zipfile.BadZipFile)  # what a file that is none may raise
+           pickle.UnpicklingError, zipfile.BadZipFile)  # what a file of another kind may raise
 
 
 def make_checkpoint(config: Config, tokenizer, model, optimizers, scaler, history: list, context: int) -> dict:
-    """All that is needed to sample, and to continue."""
+    """Everything needed to sample and to continue."""
     return dict(
         stage=STAGE, format_version=FORMAT_VERSION, config=asdict(config), tokenizer=tokenizer.state,
         model=model.state_dict(), optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers],
@@ -919,7 +919,7 @@ def make_checkpoint(config: Config, tokenizer, model, optimizers, scaler, histor
 
 
 def form(value):
-    """Names, types and shapes, without the numbers."""
+    """The structure of a checkpoint: names, types and shapes, without the numbers."""
     if isinstance(value, dict):
         return {name: form(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -930,14 +930,14 @@ def form(value):
 
 
 def is_finite(saved: dict) -> bool:
-    """Are the losses, the weights and what the optimizers keep numbers?"""
+    """Are the losses, the weights and the optimizers' states all finite?"""
     losses = torch.tensor([record["val_loss"] for record in saved["history"]])
     kept = [number for states in saved["optimizers"] for state in states.values() for number in state.values()]
     return all(numbers.isfinite().all() for numbers in (losses, *saved["model"].values(), *kept))
 
 
 def check_checkpoint(saved: dict):
-    """Raise an error unless a loaded file has the form that this script gives a checkpoint, and sane values."""
+    """Raise an error unless a loaded file has the structure of this script's checkpoints, and sane values."""
     if (saved["stage"], saved["format_version"]) != (STAGE, FORMAT_VERSION):
         raise Stop("another script or version wrote it")
     check_values(saved["config"])
@@ -963,15 +963,15 @@ def check_checkpoint(saved: dict):
 
 
 def load_checkpoint(path: str) -> dict:
-    """This stage's checkpoint in a file or at an address, on the CPU. Stop if there is none, or it is damaged."""
+    """Load this stage's checkpoint from a file or an address, to the CPU. Stop if it is missing or damaged."""
     try:
         with urllib.request.urlopen(path, timeout=30) if "://" in path else open(path, "rb") as source:
             file = io.BytesIO(source.read())  # read once, checked, then loaded
         archive = zipfile.ZipFile(file)
         parts = archive.infolist()
-        packed = any(part.compress_type or part.external_attr for part in parts)  # none of ours
+        packed = any(part.compress_type or part.external_attr for part in parts)  # ours never do
         too_large = sum(part.file_size for part in parts) > len(file.getbuffer())
-        if packed or too_large or archive.testzip():  # torch.load takes damaged numbers as they are
+        if packed or too_large or archive.testzip():  # torch.load does not notice damaged numbers
             raise ValueError
         file.seek(0)
         saved = torch.load(file, map_location="cpu", weights_only=True)  # so that it cannot run code
@@ -989,20 +989,20 @@ def load_checkpoint(path: str) -> dict:
 # ------------------------------------------------------------------------------------------------ files
 @contextlib.contextmanager
 def replacing(path):
-    """A new file that takes the place of the one at the path once it is whole: a kill leaves one or the other."""
+    """A new file that replaces the one at the path once it is complete: a kill leaves the old one or the new one."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # on the disk, not only on its way there
-        os.replace(temporary, path)  # at once: nobody sees half a file
+            os.fsync(file.fileno())  # on the disk, not just in a buffer
+        os.replace(temporary, path)  # atomic: no reader ever sees a partial file
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def keep_previous(path: Path):
-    """Rename what stands at the path: nothing is ever overwritten."""
+    """Rename what is at the path: nothing is ever overwritten."""
     new = path.with_name(f"{path.name}.previous-{time.strftime('%Y%m%d-%H%M%S')}")
     while new.exists():
         new = new.with_name(new.name + "+")
@@ -1019,14 +1019,14 @@ def is_run(folder: Path) -> bool:
 
 
 def check_targets(config: Config):
-    """Stop unless the run may write where it is told to. Leaves no trace."""
+    """Stop unless the run may write where it is told to. Changes nothing."""
     names = ["run_dir", "save_path", "output"]
     folder, best, text = (Path(name).resolve() for name in (config.run_dir, config.save_path, config.input))
     for name in names[2 if config.sample_only else 1 if config.resume else 0:]:
         path = Path(getattr(config, name)).resolve()
         parent = next((parent for parent in path.parents if parent.exists()), path)
         if name == "run_dir":
-            reason = "it is no folder of a run, or it holds the text or the current folder"
+            reason = "it is not a run's folder, or it contains the text or the current folder"
             ours = all(re.match(r"output$|sample\.txt|.*\.tmp$", part.name) for part in path.rglob("*")) or is_run(path)
             bad = path.exists() and not (path.is_dir() and ours)
             bad = bad or text.is_relative_to(path) or Path.cwd().is_relative_to(path)
@@ -1042,7 +1042,7 @@ def check_targets(config: Config):
 
 @contextlib.contextmanager
 def run_folder(config: Config, facts: dict):
-    """The run's folder, for this process alone. What an earlier run left there is kept under another name."""
+    """Lock the run's folder for this process. An earlier run's folder is kept under another name."""
     folder, best = Path(config.run_dir).resolve(), Path(config.save_path).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
@@ -1077,12 +1077,12 @@ def run_folder(config: Config, facts: dict):
 
 
 def save(best: bool, checkpoint: dict, facts: dict):
-    """Write a checkpoint as the last one and, if so, as the best; then the report. Stop if a number is NaN."""
+    """Write a checkpoint as the last one and, if it is, as the best; then the report. Stop if a number is NaN."""
     config, history = checkpoint["config"], checkpoint["history"]
     if not is_finite(checkpoint):
         raise Stop(NAN, 1)
     paths = [config["save_path"], f"{config['run_dir']}/model_best.pt"] if best else []
-    paths = dict.fromkeys([*paths, f"{config['run_dir']}/model_last.pt"])  # the one to continue from last
+    paths = dict.fromkeys([*paths, f"{config['run_dir']}/model_last.pt"])  # model_last.pt comes last
     for path in paths if RANK == 0 else ():
         with replacing(path) as file:
             torch.save(checkpoint | dict(corpus_sha256=facts["corpus_sha256"]), file)
@@ -1090,13 +1090,13 @@ def save(best: bool, checkpoint: dict, facts: dict):
 
 
 def write_json(path: str, content: dict):
-    """Write a dictionary that a person can read."""
+    """Write a dictionary as readable JSON."""
     with replacing(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def write_report(folder: str, history: list[dict], facts: dict) -> dict:
-    """Write metrics, which are returned, and the plot of both losses: where they part, the model begins to memorize."""
+    """Write and return the metrics, and plot both losses: where they diverge, the model begins to memorize."""
     from matplotlib.figure import Figure  # here, as it takes a second to import
 
     last, best = history[-1], best_of(history)
@@ -1144,7 +1144,7 @@ KNOWN = {"alloc": MEMORY, "out of memory": MEMORY, "connection": "another proces
 
 
 def read_data(given: dict, saved: dict | None):
-    """(tokenizer, training tokens, validation tokens, what can be said of the text). The text itself is let go."""
+    """(tokenizer, training tokens, validation tokens, facts about the text). The text itself is not kept."""
     path = given.get("input", Config.input)
     text = "" if given.get("sample_only") else read_corpus(path)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
@@ -1154,7 +1154,7 @@ def read_data(given: dict, saved: dict | None):
     tokenizer = make_tokenizer(given, text, saved)
     train_text, val_text = split_corpus(text)
     train_ids = tokenizer.encode(train_text)
-    val_ids = torch.cat((train_ids[-1:], tokenizer.encode(val_text)))  # the first is only there to be read
+    val_ids = torch.cat((train_ids[-1:], tokenizer.encode(val_text)))  # the first is only context
     if not text:
         return tokenizer, train_ids, val_ids, {}
     facts = dict(tokenizer.describe(train_text, train_ids), characters=len(text), corpus_sha256=sha256)
@@ -1162,7 +1162,7 @@ def read_data(given: dict, saved: dict | None):
 
 
 def make_facts(config: Config, tokenizer, device: torch.device) -> dict:
-    """What can be said of a run before it starts. Stop if its parameters alone need more memory than there is."""
+    """Facts about a run before it starts. Stop if its parameters alone need more memory than there is."""
     with torch.device("meta"):  # shapes without memory
         model = GPTLanguageModel(config, tokenizer.vocab_size)
     params = sum(p.numel() for p in model.parameters())
@@ -1175,7 +1175,7 @@ def make_facts(config: Config, tokenizer, device: torch.device) -> dict:
 
 
 def load_source(given: dict) -> dict | None:
-    """The checkpoint to start from, if there is to be one."""
+    """The checkpoint to start from, if any."""
     folder = given.get("run_dir", Config.run_dir)
     if given.get("resume"):
         if given.get("load_url") or given.get("sample_only"):
@@ -1188,12 +1188,12 @@ def load_source(given: dict) -> dict | None:
 
 
 def run(given: dict) -> dict:
-    """Train, then sample; or only sample. All that can be wrong is found before anything is written. The metrics."""
+    """Train, then sample; or only sample. Bad input is found before anything is written. Returns the metrics."""
     saved = load_source(given)
-    given = inherit(given, saved)  # what a checkpoint says of options
+    given = inherit(given, saved)  # options from the checkpoint
     device = pick_device(given.get("device", "auto"))
     tokenizer, train_data, val_data, facts = read_data(given, saved)
-    tokenizer.encode(given.get("prompt", ""))  # does it know all of it?
+    tokenizer.encode(given.get("prompt", ""))  # Stop if a character is unknown
     config = make_config(given, device, len(train_data))
     check_targets(config)  # before anything is written
     if config.sample_only:
@@ -1216,7 +1216,7 @@ def run(given: dict) -> dict:
 
 
 def train_and_sample(config: Config, tokenizer, train_data, val_data, facts: dict, saved: dict | None, device) -> dict:
-    """A run, once its folder is open. Returns the metrics."""
+    """The run itself, inside its folder. Returns the metrics."""
     passes = config.max_iters * facts["tokens_per_step"] / len(train_data)
     say(f"{config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {passes:.1f} passes over the text")
     if config.resume and config.max_iters > saved["config"]["max_iters"]:
@@ -1234,7 +1234,7 @@ def train_and_sample(config: Config, tokenizer, train_data, val_data, facts: dic
     write_samples(model, tokenizer, config, best["context"])
     repeats = by_repetition(model, val_data, tokenizer, config, best["context"])
     if repeats["refrain_bpc"] is not None:
-        say("validation, bits per character: {refrain_bpc:.3f} in lines that stood shortly before "
+        say("validation, bits per character: {refrain_bpc:.3f} in lines that occurred shortly before "
             "({refrain_share:.1%}), {other_bpc:.3f} elsewhere".format(**repeats))
     return write_report(config.run_dir, history, facts | repeats)
 
@@ -1242,7 +1242,7 @@ def train_and_sample(config: Config, tokenizer, train_data, val_data, facts: dic
 def main(argv=None) -> dict:
     """Run with these arguments, by default the command line's. Returns what metrics.json holds."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8; a file that somebody watches
+        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8; a file being watched
             stream.reconfigure(errors="replace", line_buffering=True)
     try:
         if argv is None:

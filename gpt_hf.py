@@ -7,7 +7,7 @@
     python gpt_hf.py --sample_only --prompt "Noc nad miastem"
     torchrun --nproc_per_node=2 gpt_hf.py   # several GPUs
 
-It leaves OUTPUT_DIR/model, a folder that transformers' from_pretrained loads.
+It writes OUTPUT_DIR/model, a folder that transformers' from_pretrained loads.
 
 In a Colab cell:  import gpt_hf; gpt_hf.main(["--input", "lyrics.txt"])
 """
@@ -44,14 +44,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-# transformers and datasets take seconds to import: where they are used, so that --help does not wait.
+# transformers and datasets take seconds to import: only where they are used, so that --help is quick.
 
 # ------------------------------------------------------------------------------------------ options
 STAGE, SCRIPT = "hf", "gpt_hf.py"
 
 
 class Stop(Exception):
-    """Ends the program with one line. Stop(line): the user can put it right; Stop(line, 1): a failure."""
+    """Ends the program with one line. Stop(line): the user can fix it; Stop(line, 1): a failure."""
 
 
 def option(default, help, low=0, high=1e9, choices=None):
@@ -62,7 +62,7 @@ def option(default, help, low=0, high=1e9, choices=None):
 @dataclass(frozen=True)
 class Config:
     """Every option: its name, type, default and help."""
-    seed: int = option(2115, "seed of everything random", 0, 2**32 - 1)
+    seed: int = option(2115, "random seed", 0, 2**32 - 1)
     # files
     input: str = option("assets/input/input2.txt", "the text to learn from")
     output_dir: str = option("assets/hf_model", "folder for everything that the run writes")
@@ -72,15 +72,15 @@ class Config:
     model_name: str = option("flax-community/papuGaPT2", "pre-trained model: a Hub name or a folder")
     revision: str = option("", "branch, tag or commit on the Hub (default: the newest)")
     block_size: int = option(0, "tokens in a block (0: the model's context, at most 512)")
-    freeze_layers: int = option(0, "leave the embeddings and the first N layers as they are")
+    freeze_layers: int = option(0, "freeze the embeddings and the first N layers")
     # training
     epochs: int = option(3, "passes over the training text", 1)
     max_steps: int = option(0, "stop after N steps, if the epochs have more (0: no limit)")
     batch_size: int = option(4, "blocks in a batch (per process)", 1, 2**20)
-    gradient_accumulation_steps: int = option(1, "batches whose gradients add up to a step", 1)
+    gradient_accumulation_steps: int = option(1, "batches whose gradients are accumulated for one step", 1)
     learning_rate: float = option(1e-4, "peak learning rate; it falls linearly to 0", 1e-9)
     weight_decay: float = option(0.1, "decoupled weight decay")
-    warmup: float = option(0.1, "linear warm-up: below 1 a share of the steps, else their number")
+    warmup: float = option(0.1, "linear warm-up: below 1 a fraction of the steps, else their number")
     patience: int = option(0, "stop after N epochs without a better validation loss (0: never)")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     # the computer
@@ -92,16 +92,16 @@ class Config:
     max_new_tokens: int = option(300, "longest text, in tokens; the song may end earlier", 1)
     temperature: float = option(0.85, "below 1 plays safe, above 1 takes risks, 0: the likeliest")
     top_k: int = option(50, "draw from the k likeliest tokens (0: all)")
-    top_p: float = option(0.92, "draw from the likeliest that have this probability", 1e-9, 1)
-    repetition_penalty: float = option(1.3, "above 1: what was written becomes less likely", 1e-9)
+    top_p: float = option(0.92, "draw from the likeliest that add up to this probability", 1e-9, 1)
+    repetition_penalty: float = option(1.3, "above 1: tokens already written become less likely", 1e-9)
     no_repeat_ngram_size: int = option(3, "never write the same N tokens twice (0: allowed)")
 
 
 # ---------------------------------------------------------------- a model that has read before
 class Pretrained(NamedTuple):
-    """A model that has read before, and what is needed to use it."""
+    """A pre-trained model, and what is needed to use it."""
     model: torch.nn.Module
-    tokenizer: Any  # the one that the model was trained with: its numbers mean nothing to another
+    tokenizer: Any  # the one the model was trained with: others number tokens differently
     end: int  # the token that ends a song
     context: int  # how many tokens the model sees
 
@@ -117,14 +117,14 @@ def load_pretrained(source: str, device, revision: str = "", offline: bool = Tru
     settings = AutoConfig.from_pretrained(source, **where)
     check_settings(source, settings)
     if getattr(settings, "activation_function", "") == "gelu_new":
-        settings.activation_function = "gelu_pytorch_tanh"  # the same in one kernel: faster, smaller
+        settings.activation_function = "gelu_pytorch_tanh"  # the same in one kernel: faster, less memory
     tokenizer = library(AutoTokenizer.from_pretrained, source, **where)
-    # In the 16 bits that some models come in, small steps would be rounded away.
+    # float32: in the 16 bits that some models come in, small steps would be rounded away.
     model, report = AutoModelForCausalLM.from_pretrained(
         source, config=settings, dtype=torch.float32, ignore_mismatched_sizes=True,
         output_loading_info=True, **where)
-    model.tie_weights()  # transformers before 5.4 leaves apart what a .bin file holds twice
-    model.config.use_cache = True  # to generate; the Trainer switches it off, and saves that
+    model.tie_weights()  # transformers before 5.4 does not tie what a .bin file stores twice
+    model.config.use_cache = True  # for generation; the Trainer turns it off, and saves that
     end = tokenizer.eos_token_id
     if end is None:
         end = model.config.eos_token_id
@@ -135,7 +135,7 @@ def load_pretrained(source: str, device, revision: str = "", offline: bool = Tru
 
 
 def freeze(model, count: int):
-    """Leave the embeddings and the first `count` layers as they are: less memory, less to forget.
+    """Freeze the embeddings and the first `count` layers: less memory, less forgetting.
 
     A head that shares its weights with the embedding is frozen with it.
     """
@@ -150,18 +150,18 @@ def freeze(model, count: int):
 
 
 # --------------------------------------------------------------------------------------------- data
-SEPARATOR = "\n<|endoftext|>\n"  # between two songs in a file: with its line breaks, one token
-END = "\0"  # that token inside this program; no text file holds this character
+SEPARATOR = "\n<|endoftext|>\n"  # between two songs in a file; one token, line breaks included
+END = "\0"  # that token inside this program; no text file contains this character
 
 
 def split_corpus(text: str) -> tuple[str, str]:
     """Training and validation text, the same in every stage: cut at the song boundary nearest to 90 %.
 
-    If there is none from 85 to 95 %, at the line end nearest to 90 %, else at the character.
+    If there is none between 85 and 95 %, at the line end nearest to 90 %; failing that, at exactly 90 %.
     """
     target, low, high = (round(len(text) * share) for share in (0.90, 0.85, 0.95))
     for mark in (END, "\n"):
-        cuts = [text.rfind(mark, 0, target) + 1, text.find(mark, target) + 1]  # before it, after it
+        cuts = [text.rfind(mark, 0, target) + 1, text.find(mark, target) + 1]  # before the target, after it
         cuts = [cut for cut in cuts if max(low, 1) <= cut <= min(high, len(text) - 1)]
         if cuts:
             target = min(cuts, key=lambda cut: abs(cut - target))
@@ -172,31 +172,31 @@ def split_corpus(text: str) -> tuple[str, str]:
 def encode(text: str, base: Pretrained) -> tuple[list[int], bool]:
     """(tokens of a text with END between its songs, whether they decode to exactly that text).
 
-    A song is ordinary text: where it spells out a special token, it does not mean one.
+    A song is ordinary text: a special token that is spelled out in it is not treated as one.
     """
     ids, exact = [], True
     for song in text.split(END):
         new = library(base.tokenizer, song, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         exact &= base.tokenizer.decode(new, clean_up_tokenization_spaces=False) == song
         ids += [*new, base.end]
-    return ids[:-1], exact  # an end stands between two songs
+    return ids[:-1], exact  # ends only between songs
 
 
 class Data(NamedTuple):
     """What a run reads."""
     text: str  # the training text
-    tokens: int  # how many it makes
+    tokens: int  # its number of tokens
     blocks: Any  # to train on: a Dataset of rows of block_size tokens
     val_text: str
-    val: torch.Tensor  # its tokens, (tokens + 1,): the first is only there to be read
-    part: torch.Tensor  # as many characters of the training text: what is memorized shows there
-    chars: int | None  # in each of the two; None if the tokenizer loses some
+    val: torch.Tensor  # its tokens, (tokens + 1,): the first is only context
+    part: torch.Tensor  # as many characters of the training text, to see what is memorized
+    chars: int | None  # characters in val and in part; None if the tokenizer loses some
 
 
 def prepare(text: str, base: Pretrained, block_size: int) -> Data:
     """Pack the songs: one long row of tokens with an end between songs, cut into blocks; nothing is padded.
 
-    The end counts as a label like any other token, or the model would not learn where a song ends.
+    The end is a label like any other token, or the model would not learn where a song ends.
     """
     from datasets import Dataset
 
@@ -213,7 +213,7 @@ def prepare(text: str, base: Pretrained, block_size: int) -> Data:
     rows = [train[start:start + block_size] for start in starts]
     return Data(
         text=train_text, tokens=len(train),
-        # The same twice: the model itself compares what it predicts with the next label.
+        # Labels are the inputs: the model itself shifts them by one.
         blocks=Dataset.from_dict(dict(input_ids=rows, labels=rows)).with_format("torch"),
         val_text=val_text, val=torch.tensor([train[-1], *val]), part=torch.tensor([base.end, *part]),
         chars=len(val_text) if train_exact and val_exact else None)
@@ -222,13 +222,13 @@ def prepare(text: str, base: Pretrained, block_size: int) -> Data:
 # --------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def token_losses(model, ids, config: Config, rank: int = 0, world: int = 1) -> torch.Tensor:
-    """Nats of each token but the first, each predicted once, of process `rank`'s share: shape (tokens,).
+    """Nats for each token but the first in the share of process `rank`, each predicted once: shape (tokens,).
 
     Consecutive windows that overlap by one token, in batches that do not depend on --batch_size.
     """
     model.eval()
     size, device, losses = config.block_size, model.device, [torch.zeros(0)]
-    lacking = -(len(ids) - 1) % size  # tokens that the last window is short of
+    lacking = -(len(ids) - 1) % size  # tokens missing from the last window
     inputs = F.pad(ids[:-1], (0, lacking)).view(-1, size)
     targets = F.pad(ids[1:], (0, lacking), value=-100).view(-1, size)  # -100: no token there
     rows = max(1, 1024 // size)
@@ -259,7 +259,7 @@ def best_of(history: list[dict]) -> dict:
 
 
 def is_done(history: list[dict], config: Config) -> bool:
-    """Are all steps taken, or did `patience` epochs bring nothing better?"""
+    """Are all steps taken, or did `patience` epochs bring no improvement?"""
     since_best = len(history) - 1 - history.index(best_of(history))
     gave_up = 0 < config.patience <= since_best
     return gave_up or history[-1]["iter"] >= config.max_steps
@@ -267,26 +267,26 @@ def is_done(history: list[dict], config: Config) -> bool:
 
 # -------------------------------------------------------------------------------------- fine-tuning
 class ExactTrainer:
-    """Four methods for transformers' Trainer; fine_tune mixes them in. The rest is the Trainer's work.
+    """Four methods for transformers' Trainer; fine_tune mixes them in. The Trainer does the rest.
 
-    It shuffles the blocks, takes the steps, and after each epoch evaluates and saves a checkpoint, of
-    which it keeps the last and the best. Continued from one, a run goes the same way to the last bit.
+    It shuffles the blocks, takes the steps, and after each epoch evaluates and saves a checkpoint; it keeps
+    the last one and the best. A run continued from a checkpoint is bit-identical to an uninterrupted one.
     """
 
     def training_step(self, *args):
         """Forward and backward on one batch, as the Trainer does it."""
-        # The clock stands still while the Trainer evaluates and saves.
+        # The time that the Trainer takes to evaluate and save does not count.
         self.began = self.began or time.perf_counter()
         return super().training_step(*args)
 
     def log(self, logs: dict, start_time=None):
-        """After each step: stop if the loss is no number, else show it."""
+        """After each step: stop if the loss is not finite, else show it."""
         if "loss" not in logs:  # the Trainer's closing summary
             return
         # The Trainer's own log would add it to the history, which is kept for evaluations.
         loss, step, total = logs["loss"], self.state.global_step, self.config.max_steps
         if not math.isfinite(loss):
-            raise Stop(NAN, 1)  # the last checkpoint is from before
+            raise Stop(NAN, 1)  # the last checkpoint is older
         self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         self.bar.update()
         if step % max(1, total // 10) == 0:
@@ -295,11 +295,11 @@ class ExactTrainer:
             say(f"step {step:>5} of {total}  loss {loss:.3f}  {minutes:.1f} minutes left")
 
     def evaluate(self, *_, **__) -> dict:
-        """Before training and after each epoch. The loss that it returns decides what is the best checkpoint."""
-        # The Trainer's own eval_loss is a mean over batches, though the last of them is smaller. And its
-        # EarlyStoppingCallback forgets, when a run is continued, how long it has waited: see is_done.
+        """Evaluate before training and after each epoch. The returned loss decides which checkpoint is the best."""
+        # The Trainer's own eval_loss is a mean over batches, although the last one is smaller. And its
+        # EarlyStoppingCallback forgets on resume how long it has waited: see is_done.
         history = self.state.log_history  # saved in each checkpoint
-        seconds = history[-1]["seconds"] if history else 0.0  # of training alone
+        seconds = history[-1]["seconds"] if history else 0.0  # training time only
         if self.began:
             seconds += time.perf_counter() - self.began
             self.began = None
@@ -322,16 +322,16 @@ class ExactTrainer:
         return dict(eval_loss=val_loss)
 
     def _save_checkpoint(self, *args):
-        """Write a checkpoint and, last, the checksums of its files: where they are missing, it was not finished."""
+        """Write a checkpoint and, last, the checksums of its files: if they are missing, it is unfinished."""
         super()._save_checkpoint(*args)
-        average(0.0)  # by now each process has written its part
+        average(0.0)  # wait until each process has written its part
         if RANK == 0:
             folder = Path(self.config.output_dir, f"checkpoint-{self.state.global_step}")
             write_json(folder / CHECKSUMS, checksums(folder))
 
 
 def fine_tune(config: Config, base: Pretrained, data: Data, facts: dict, checkpoint: str) -> list[dict]:
-    """Train, from the checkpoint if there is one. The history: a record an evaluation."""
+    """Train, from the checkpoint if there is one. Returns a record for each evaluation."""
     from transformers import Trainer, TrainingArguments, default_data_collator
 
     class LyricsTrainer(ExactTrainer, Trainer):
@@ -343,16 +343,16 @@ def fine_tune(config: Config, base: Pretrained, data: Data, facts: dict, checkpo
     less_memory = next(name for name in names if name in TrainingArguments.__dataclass_fields__)
     arguments = TrainingArguments(
         config.output_dir,
-        seed=config.seed,  # of the order of the blocks, and of dropout
-        report_to="none", disable_tqdm=True,  # we say it ourselves
+        seed=config.seed,  # for the order of the blocks and for dropout
+        report_to="none", disable_tqdm=True,  # we print our own lines
         # The steps: AdamW, a rate that rises and then falls to zero, gradients clipped to norm 1.
         max_steps=config.max_steps, per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate, weight_decay=config.weight_decay,
         warmup_steps=int(warmup * config.max_steps if warmup < 1 else warmup),
-        # Evaluate before the first step, as what fine-tuning buys is the difference, and after each epoch.
+        # Evaluate before the first step (the gain of fine-tuning is the difference) and after each epoch.
         eval_on_start=not checkpoint, eval_strategy="epoch",
-        # Save then, too; keep the last checkpoint and, by the loss that evaluate returns, the best.
+        # Save after each epoch, too; keep the last checkpoint and the best, by the loss from evaluate.
         save_strategy="epoch", save_total_limit=2, metric_for_best_model="loss",
         # Call log after each step, with the loss as it is.
         logging_steps=1, logging_nan_inf_filter=False,
@@ -367,7 +367,7 @@ def fine_tune(config: Config, base: Pretrained, data: Data, facts: dict, checkpo
     trainer.config, trainer.data, trainer.facts = config, data, facts
     trainer.began = None  # the clock
     done = int(checkpoint.rpartition("-")[2] or 0)  # steps
-    hidden = None if RANK == 0 and sys.stderr else True  # None: hidden where nobody watches
+    hidden = None if RANK == 0 and sys.stderr else True  # None: hidden unless on a terminal
     total = config.max_steps
     with tqdm(total=total, initial=done, unit="step", leave=False, disable=hidden) as trainer.bar:
         trainer.train(resume_from_checkpoint=checkpoint or None)
@@ -376,7 +376,7 @@ def fine_tune(config: Config, base: Pretrained, data: Data, facts: dict, checkpo
 
 # ----------------------------------------------------------------------------------------- sampling
 def sampling_settings(config: Config, end: int):
-    """What generate() goes by, here and wherever the model folder is loaded."""
+    """The settings of generate(), here and wherever the model folder is loaded."""
     from transformers import GenerationConfig
 
     draw = {}  # at temperature 0 the likeliest token is taken
@@ -404,14 +404,14 @@ def sample_text(base: Pretrained, config: Config, number: int) -> str:
             seen = base.context // 2
         context = torch.tensor([[*prompt, *ids][-seen:]], device=device)  # (1, T)
         room = min(config.max_new_tokens - len(ids), base.context - seen)
-        # On a CPU casts to bfloat16 cost more than they save, with one position at a time.
+        # On a CPU, with one position at a time, casts to bfloat16 cost more than they save.
         with mixed_precision("float32" if device.type == "cpu" else config.dtype, device):
             mask = torch.ones_like(context)  # read all of it
             out = base.model.generate(context, attention_mask=mask, max_new_tokens=room)  # (1, T + new)
         ids += out[0, seen:].tolist()
         seen = out.size(1)
     if base.end in ids[-1:]:
-        ids.pop()  # it is no text
+        ids.pop()  # not part of the text
     # A character may be spread over several tokens: decode the whole, then leave out the prompt.
     whole = base.tokenizer.decode([*prompt, *ids], clean_up_tokenization_spaces=False)
     return whole[len(base.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)):]
@@ -424,12 +424,12 @@ def words_of(text: str) -> list[str]:
 
 
 def copy_rate(texts: list[str], source: str, length: int = 8) -> tuple[float | None, int]:
-    """(share of the texts' runs of `length` words that are in the source, words in the longest run that is).
+    """(share of the texts' runs of `length` words that occur in the source, words in the longest such run).
 
     Example: copy_rate(["A, b c x"], "z a b C", length=2) is (2/3, 3): "a b" and "b c" are, "c x" is not.
     """
     songs = [" ".join(words_of(song)) for song in source.split(END)]
-    source = "".join(f" {song} \n" for song in songs)  # no run goes from one song to the next
+    source = "".join(f" {song} \n" for song in songs)  # no run spans two songs
     runs, longest = [], 0
     for text in texts:
         words = words_of(text)
@@ -450,13 +450,13 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = next(device for device in available if available[device])
     if not available[name]:
-        raise Stop(f"--device {name}: there is none here; use --device auto")
+        raise Stop(f"--device {name}: not available here; use --device auto")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
 def mixed_precision(name: str, device: torch.device) -> torch.autocast:
-    """A context to compute in; auto: bfloat16 where the hardware has it, float16 on an older GPU, else float32."""
-    if name == "auto" and device.type == "cuda":  # is_bf16_supported() would count a slow emulation
+    """The autocast context; auto: bfloat16 where the hardware has it, float16 on an older GPU, else float32."""
+    if name == "auto" and device.type == "cuda":  # is_bf16_supported() also accepts slow emulation
         name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     elif name == "auto":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -465,20 +465,20 @@ def mixed_precision(name: str, device: torch.device) -> torch.autocast:
 
 
 def keep_memory():
-    """Let freed memory stay with the process: glibc gives large tensors back, and each step asks for them anew."""
+    """Keep freed memory in the process: glibc returns large tensors, and each step asks for them again."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another system, or another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: map only what is larger
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back only more
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return only what exceeds this
 
 
-# Several processes, as torchrun starts them: each has a rank. The first alone writes and prints.
+# Several processes, as torchrun starts them: each has a rank. Only the first writes and prints.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 IN_NOTEBOOK = "kernel" in os.path.basename((sys.argv or [""])[0])  # then sys.argv is the kernel's
 
 
 def say(text: str):
-    """Print a line above the progress bar, in the first process alone."""
+    """Print a line above the progress bar, in the first process only."""
     if RANK == 0:
         with tqdm.external_write_mode():
             print(text, flush=True)
@@ -493,21 +493,21 @@ def average(number: float) -> float:
 
 
 def join_processes(facts: dict):
-    """Meet the other processes of this run. Stop if they differ in the text or in an option."""
+    """Connect to the other processes of this run. Stop if their texts or options differ."""
     if WORLD > 1:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in facts["device"] else "gloo")
-        except (ValueError, RuntimeError) as e:  # an address that is missing, or taken
+        except (ValueError, RuntimeError) as e:  # an address that is missing or in use
             reason = str(e).partition("\n")[0]
-            raise Stop(f"the processes do not find each other ({reason}): start them with torchrun") from None
+            raise Stop(f"the processes cannot find each other ({reason}): start them with torchrun") from None
         everybodys = [None] * WORLD
         dist.all_gather_object(everybodys, facts | dict(device=""))
         if any(other != everybodys[0] for other in everybodys):
-            raise Stop("the processes of this run have different texts or options: give all the same")
+            raise Stop("the processes of this run have different texts or options: give them all the same")
 
 
 def repeated(text: str) -> torch.Tensor:
-    """For each character: is it in a line of 12 or more that stood in the 3,000 characters before? Case ignored."""
+    """For each character: is it in a line of 12 or more that occurs in the 3,000 before it? Case is ignored."""
     marks = torch.zeros(len(text), dtype=torch.bool)
     for line in re.finditer(rf"[^\n{END}]{{12,}}", text):
         begin, end = line.span()
@@ -516,9 +516,9 @@ def repeated(text: str) -> torch.Tensor:
 
 
 def by_repetition(base: Pretrained, data: Data, config: Config) -> dict:
-    """Does the model use what it has read? Bits per character in repeated lines and elsewhere, and the lines' share.
+    """Does the model use what it has read? Bits per character in repeated lines and elsewhere, and their share.
 
-    A token belongs where its last character stands. None where there is nothing, or the places are not known.
+    A token counts where its last character is. None where there is nothing to measure, or places are unknown.
     """
     if not data.chars or not base.tokenizer.is_fast:
         return dict(refrain_share=None, refrain_bpc=None, other_bpc=None)
@@ -542,7 +542,7 @@ def by_repetition(base: Pretrained, data: Data, config: Config) -> dict:
 
 
 # --------------------------------------------------------------------------------- options and text
-# With --resume these must be what they were, as they change what a step computes. Others may change;
+# With --resume these must stay the same, as they change what a step computes. Others may change;
 # epochs and max_steps may only grow.
 FIXED = {"model_name", "revision", "batch_size", "gradient_accumulation_steps", "block_size",
          "learning_rate", "weight_decay", "warmup", "freeze_layers", "seed"}
@@ -552,10 +552,10 @@ SAMPLING = {"output_dir", "sample_only", "seed", "device", "dtype", "prompt", "n
 
 
 def check_values(options: dict):
-    """Stop if an option is not known, or its value is of another type or out of its range."""
+    """Stop if an option is unknown, or its value has the wrong type or is out of range."""
     for name, value in options.items():
         f = Config.__dataclass_fields__.get(name)
-        no_text = re.search("[\0\ud800-\udc7f\udd00-\udfff]", str(value))  # and no name of a file
+        no_text = re.search("[\0\ud800-\udc7f\udd00-\udfff]", str(value))  # nor a file name
         if not f or type(value) is not f.type or no_text:
             raise Stop(f"--{name} {value!r} is not an option of this version")
         low, high, choices = (f.metadata[limit] for limit in ("low", "high", "choices"))
@@ -577,7 +577,7 @@ def parse_args(argv) -> dict:
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name}", help=f.metadata["help"] + note, **kind)
     given = vars(parser.parse_args(argv))
-    check_values(given)  # the ranges: argparse knows types and choices
+    check_values(given)  # ranges; argparse has checked types and choices
     if "prompt" in given:  # bytes that are not UTF-8 come from a shell as lone surrogates: drop them
         given["prompt"] = unicodedata.normalize("NFC", given["prompt"].encode(errors="ignore").decode())
     idle = given.keys() - SAMPLING
@@ -598,19 +598,19 @@ def inherit(given: dict) -> tuple[dict, dict]:
     old = run.get("options")
     if not is_run(folder) or not isinstance(old, dict):
         raise Stop(f"no run to resume in {folder}: leave out --resume, or name the run's --output_dir")
-    check_values(old)  # it may come from another version, or from somebody else
+    check_values(old)  # it may come from another version or person
     for name in FIXED & given.keys():
         if given[name] != old.get(name):
             raise Stop(f"--{name} {given[name]} contradicts the run's {old.get(name)}: leave it out, "
                        "or leave out --resume")
-    # Steps are counted anew for other epochs. Where a run writes is said by the command line alone.
+    # New epochs mean a new number of steps. Only the command line says where a run writes.
     for name in ("output_dir", "sample_only", *(["max_steps"] if "epochs" in given else [])):
         old.pop(name, None)
     return defaults | old | given, run
 
 
 def make_config(options: dict, blocks, history: list[dict]) -> Config:
-    """Settle the number of steps: those of all epochs, or --max_steps."""
+    """Set the number of steps: those of all epochs, or --max_steps if fewer."""
     batches = math.ceil(len(blocks) / (options["batch_size"] * WORLD))  # in an epoch
     steps = options["epochs"] * math.ceil(batches / options["gradient_accumulation_steps"])
     if options["max_steps"]:
@@ -621,7 +621,7 @@ def make_config(options: dict, blocks, history: list[dict]) -> Config:
 
 
 def read_corpus(path: str) -> str:
-    """The text of a UTF-8 file, its songs separated by END. A BOM and Windows line ends are tolerated."""
+    """The text of a UTF-8 file, its songs separated by END. A BOM and Windows line endings are accepted."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # also turns \r\n into \n
     except OSError as e:
@@ -636,7 +636,7 @@ def read_corpus(path: str) -> str:
     songs = text.count(END) + 1
     if not text.strip():
         raise Stop(f"{path} is empty: put lyrics in it")
-    rule = r"|^[-=*#_~]{3,}$" if songs == 1 else ""  # inside songs such a line may be theirs
+    rule = r"|^[-=*#_~]{3,}$" if songs == 1 else ""  # several songs may contain such lines
     mark = re.search(r"<\|?/?\w+\|?>" + rule, text, re.MULTILINE)
     if mark:
         say(f"note: {mark[0]} in {path} is read as text, {songs} song(s) in all; "
@@ -647,11 +647,11 @@ def read_corpus(path: str) -> str:
 # --------------------------------------------------------------------------- models and checkpoints
 NAN = "the loss turned NaN: lower --learning_rate"
 DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError,
-           pickle.UnpicklingError, zipfile.BadZipFile)  # what a file that is none may raise
+           pickle.UnpicklingError, zipfile.BadZipFile)  # what a file of another kind may raise
 
 
 def find_pretrained(source: str, device, revision: str = "") -> Pretrained:
-    """load_pretrained, first without the network: what was downloaded once needs none. Stop says why not."""
+    """load_pretrained, first without the network: a downloaded model needs none. Stop says why it fails."""
     # Otherwise a thread asks the Hub to convert weights in an old format.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     import huggingface_hub.utils as hub
@@ -679,9 +679,9 @@ def find_pretrained(source: str, device, revision: str = "") -> Pretrained:
 
 
 def library(call, *args, **options):
-    """What a call of the tokenizers library returns. Stop says what it does not like."""
+    """Call the tokenizers library and return the result. Stop says why, if it fails."""
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)  # where the library writes of a panic of its own
+    os.dup2(nowhere, 2)  # where the library itself reports a panic
     try:
         return call(*args, **options)
     except BaseException as e:  # it raises nothing narrower, and a panic is not even an Exception
@@ -714,10 +714,10 @@ def check_settings(source: str, settings):
 
 
 def check_pretrained(source: str, base: Pretrained, report: dict):
-    """Stop unless it is a whole causal language model with a tokenizer that fits, and both work.
+    """Stop unless it is a complete causal language model with a matching tokenizer, and both work.
 
-    report: how the weights in the files differ from those that config.json describes. What is missing
-    would be drawn at random; what is more would be left out, such as the last layers.
+    report: how the weights in the files differ from those that config.json describes. Missing weights
+    would be random; extra ones, such as the last layers, would be dropped.
     """
     model, tokenizer, end, _ = base
     computed = ".attn.bias", ".masked_bias", "position_ids", ".inv_freq"  # older files hold such constants, papuGaPT2's, too
@@ -738,7 +738,7 @@ def check_pretrained(source: str, base: Pretrained, report: dict):
     if top >= rows:
         raise Stop(f"the tokenizer in {source} does not fit: its numbers go up to {top}, "
                    f"the model's to {rows - 1}: name another model")
-    # Two texts that differ in the second token: is the same predicted after the first?
+    # Two texts that differ in the second token: is the prediction after the first the same?
     pairs = torch.tensor([[end, end], [end, (end + 1) % rows]], device=model.device)
     with torch.no_grad():
         model.train()(pairs)  # with dropout, too
@@ -763,7 +763,7 @@ def read_json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-CHECKSUMS = "sha256.json"  # what is written last into a checkpoint
+CHECKSUMS = "sha256.json"  # written last in a checkpoint
 
 
 def checksums(checkpoint: Path) -> dict[str, str]:
@@ -794,7 +794,7 @@ def last_checkpoint(folder: Path) -> tuple[str, list[dict]]:
     """(the newest whole checkpoint, its history), or ("", []) if none was finished. Stop if all are damaged.
 
     The best one has to be whole, too, as the run ends with its model. The Trainer's get_last_checkpoint
-    takes what a kill left half written.
+    would accept one that a kill left half-written.
     """
     paths = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
     paths.sort(key=lambda path: int(path.name[11:]), reverse=True)  # the newest first
@@ -820,20 +820,20 @@ def last_checkpoint(folder: Path) -> tuple[str, list[dict]]:
 # -------------------------------------------------------------------------------------------- files
 @contextlib.contextmanager
 def replacing(path):
-    """A new file that takes the place of the one at the path once it is whole: a kill leaves one or the other."""
+    """A new file that replaces the one at the path once it is complete: a kill leaves the old one or the new one."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # on the disk, not only on its way there
-        os.replace(temporary, path)  # at once: nobody sees half a file
+            os.fsync(file.fileno())  # on the disk, not just in a buffer
+        os.replace(temporary, path)  # atomic: no reader ever sees a partial file
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def keep_previous(path: Path):
-    """Rename what stands at the path: nothing is ever overwritten."""
+    """Rename what is at the path: nothing is ever overwritten."""
     new = path.with_name(f"{path.name}.previous-{time.strftime('%Y%m%d-%H%M%S')}")
     while new.exists():
         new = new.with_name(new.name + "+")
@@ -850,13 +850,13 @@ def is_run(folder: Path) -> bool:
 
 
 def write_json(path: str, content: dict):
-    """Write a dictionary that a person can read."""
+    """Write a dictionary as readable JSON."""
     with replacing(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def check_targets(options: dict):
-    """Stop unless the run may write where it is told to. Leaves no trace."""
+    """Stop unless the run may write where it is told to. Changes nothing."""
     folder = Path(options["output_dir"]).resolve()
     parent = next(parent for parent in folder.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -865,13 +865,13 @@ def check_targets(options: dict):
     in_use = [Path.cwd(), Path(options["input"]).resolve(), Path(options["model_name"]).resolve()]
     moves = not options["resume"] and any(path.is_relative_to(folder) for path in in_use)
     if moves or not empty and not is_run(folder):
-        raise Stop(f"cannot write --output_dir {folder} (it is no folder of a run, or it holds the text, "
+        raise Stop(f"cannot write --output_dir {folder} (it is not a run's folder, or it contains the text, "
                    "the model or the current folder): choose another")
 
 
 @contextlib.contextmanager
 def run_folder(config: Config, facts: dict):
-    """The run's folder, for this process alone. What an earlier run left there is kept under another name."""
+    """Lock the run's folder for this process. An earlier run's folder is kept under another name."""
     folder = Path(config.output_dir).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
@@ -902,7 +902,7 @@ def run_folder(config: Config, facts: dict):
 
 
 def write_report(config: Config, history: list[dict], facts: dict, **copied) -> dict:
-    """Write the metrics, which are returned, and a plot: where the losses part, the model memorizes."""
+    """Write and return the metrics, and plot both losses: where they diverge, the model begins to memorize."""
     from matplotlib.figure import Figure  # here, as it takes a second to import
 
     folder, before, last, best = config.output_dir, history[0], history[-1], best_of(history)
@@ -945,7 +945,7 @@ def write_samples(base: Pretrained, config: Config, name: str) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------- main
-# What may end a run, and what can be said of it.
+# What may end a run, and the messages for it.
 FAILURES = (Stop, OSError, MemoryError, RuntimeError, SafetensorError, KeyboardInterrupt)
 MEMORY = "out of memory: lower --batch_size (raise --gradient_accumulation_steps) or --block_size"
 DISK = "cannot write: is the disk full?"
@@ -955,7 +955,7 @@ KNOWN = {"alloc": MEMORY, "out of memory": MEMORY,
 
 
 def make_facts(config: Config, base: Pretrained, data: Data, text: str) -> dict:
-    """What can be said of a run before it starts."""
+    """Facts about a run before it starts."""
     model = base.model
     entries = model.get_input_embeddings().num_embeddings  # may be more than the tokenizer has
     dtype = mixed_precision(config.dtype, model.device).fast_dtype
@@ -977,13 +977,13 @@ def sample(config: Config, device) -> dict:
 
 
 def finish(config: Config, history: list[dict], facts: dict, data: Data, device) -> dict:
-    """Leave the best model in OUTPUT_DIR/model, and samples. The metrics, now with what is copied."""
+    """Save the best model to OUTPUT_DIR/model, and samples. Returns the metrics, now with the copy rate."""
     folder = Path(config.output_dir)
     # From its checkpoint: load_best_model_at_end does nothing if a run is resumed after its last step.
     base = find_pretrained(str(folder / f"checkpoint-{best_of(history)['iter']}"), device)
     texts = write_samples(base, config, "sample.txt")
-    new = folder / "model.new"  # a kill leaves the old one, or none; --resume makes it then
-    shutil.rmtree(new, ignore_errors=True)  # half of one
+    new = folder / "model.new"  # if killed here, --resume writes it again
+    shutil.rmtree(new, ignore_errors=True)  # half-written
     base.model.save_pretrained(new)
     base.tokenizer.save_pretrained(new)
     shutil.rmtree(folder / "model", ignore_errors=True)
@@ -995,7 +995,7 @@ def finish(config: Config, history: list[dict], facts: dict, data: Data, device)
     before, after = metrics[f"val_{name}_before"], metrics[f"val_{name}"]
     say(f"Validation: {before:.3f} {unit} before, {after:.3f} after" + " (worse!)" * (after > before))
     if repeats["refrain_bpc"] is not None:
-        say("validation, bits per character: {refrain_bpc:.3f} in lines that stood shortly before "
+        say("validation, bits per character: {refrain_bpc:.3f} in lines that occurred shortly before "
             "({refrain_share:.1%}), {other_bpc:.3f} elsewhere".format(**repeats))
     say(f"Copied from the training text: {rate or 0:.1%} of the samples' runs of 8 words, "
         f"{longest} words at a stretch\n-> {folder / 'model'}")
@@ -1003,7 +1003,7 @@ def finish(config: Config, history: list[dict], facts: dict, data: Data, device)
 
 
 def run(given: dict) -> dict:
-    """Train, then sample; or only sample. What can be wrong is found before anything is written. The metrics."""
+    """Train, then sample; or only sample. Bad input is found before anything is written. Returns the metrics."""
     options, old_run = inherit(given)
     device = pick_device(options["device"])
     if device.type == "cpu" and options["dtype"] == "float16":
@@ -1050,7 +1050,7 @@ def run(given: dict) -> dict:
 def main(argv=None) -> dict:
     """Run with these arguments, by default the command line's. Returns what metrics.json holds."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8; a file that somebody watches
+        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8; a file being watched
             stream.reconfigure(errors="replace", line_buffering=True)
     try:
         if argv is None:

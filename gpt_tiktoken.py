@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=2 gpt_tiktoken.py --size base      # several GPUs
 
 In a Colab cell:  import gpt_tiktoken; gpt_tiktoken.main(["--input", "a.txt"])
-New are the tokenizer and the loss in slices; all else is that of gpt.py.
+New here: the tokenizer and the sliced loss; everything else is as in gpt.py.
 """
 
 import argparse
@@ -70,12 +70,12 @@ LARGE = 2_000_000  # training tokens; with fewer, base memorizes: it was no bett
 EPOCHS = 12  # modern reads the text at most this often by default; after that it begins to memorize
 SHAPE = ("recipe", "n_layer", "n_head", "n_embd", "block_size", "recall",  # what the weights depend on
          "tokenizer", "encoding", "vocab_size", "prune_vocab")
-# Said by the command line alone, never by a loaded file: above all where a run writes.
+# Set on the command line only, never by a loaded file: above all, where a run writes.
 UNINHERITED = {"run_dir", "save_path", "output", "load_url", "sample_only", "tokenizer_path"}
 
 
 class Stop(Exception):
-    """Ends the program with one line. Stop(line): the user can put it right; Stop(line, 1): a failure."""
+    """Ends the program with one line. Stop(line): the user can fix it; Stop(line, 1): a failure."""
 
 
 def option(default, help, low=0, high=1e9, choices=None):
@@ -86,7 +86,7 @@ def option(default, help, low=0, high=1e9, choices=None):
 @dataclass(frozen=True)
 class Config:
     """Every option: its name, type, default and help. None: set by --size or --recipe."""
-    seed: int = option(2115, "seed of everything random", 0, 2**62)
+    seed: int = option(2115, "random seed", 0, 2**62)
     # files
     input: str = option("assets/input/input2.txt", "the text to learn from")
     run_dir: str = option("assets/tiktoken_model", "folder for everything that the run writes")
@@ -100,22 +100,22 @@ class Config:
                             choices=("auto", "tiktoken", "custom", "polish"))
     tokenizer_path: str = option("", "a tokenizer.json, or a folder with vocab.json and merges.txt; "
                                      "custom: made if missing")
-    encoding: str = option("gpt2", "tiktoken's", choices=("gpt2", "cl100k_base", "o200k_base"))
+    encoding: str = option("gpt2", "tiktoken's encoding", choices=("gpt2", "cl100k_base", "o200k_base"))
     vocab_size: int = option(2000, "entries of a custom tokenizer", 257, 2**20)
-    prune_vocab: bool = option(False, "keep the entries that the text uses; spell all else with bytes")
+    prune_vocab: bool = option(False, "keep the entries that the text uses; spell the rest with bytes")
     # the model
     size: str = option("auto", "auto: base on a GPU with a long text, else tiny", choices=("auto", *SIZES))
     recipe: str = option("modern", "modern, or the original's classic", choices=tuple(RECIPES))
     n_layer: int = option(None, "transformer blocks", 1, 1000)
     n_head: int = option(None, "attention heads in a block", 1)
-    n_embd: int = option(None, "width: numbers that represent one position", 1, 2**16)
+    n_embd: int = option(None, "width: length of the vector at each position", 1, 2**16)
     block_size: int = option(None, "context: how many tokens the model sees", 2)
-    recall: str = option("", "show what followed the last N tokens before, for each N (\"\": do not)")
-    dropout: float = option(None, "share of activations zeroed in training", 0, 0.99)
+    recall: str = option("", "show what followed the last N tokens earlier, for each N (\"\": off)")
+    dropout: float = option(None, "fraction of activations zeroed in training", 0, 0.99)
     grow: int = option(None, "start with short rows that double in length this many times", 0, 10)
     # training
     batch_size: int = option(None, "rows in a batch (per process)", 1, 2**20)
-    grad_accum: int = option(1, "batches whose gradients are added up before a step", 1)
+    grad_accum: int = option(1, "batches whose gradients are accumulated for one step", 1)
     max_iters: int = option(None, f"steps; modern: by default {EPOCHS} passes over the text", 1)
     learning_rate: float = option(None, "peak learning rate", 1e-9, 1e18)
     weight_decay: float = option(None, "decoupled weight decay")
@@ -135,27 +135,27 @@ class Config:
     max_new_tokens: int = option(500, "length of each text, in tokens", 1)
     temperature: float = option(0.8, "below 1 plays safe, above 1 takes risks, 0: the likeliest")
     top_k: int = option(0, "draw from the k likeliest tokens (0: all)")
-    top_p: float = option(0.95, "draw from the likeliest that have this probability", 1e-9, 1)
-    stop_at_end: bool = option(False, "end a text where the model ends the song")
+    top_p: float = option(0.95, "draw from the likeliest that add up to this probability", 1e-9, 1)
+    stop_at_end: bool = option(False, "stop each text where the model ends the song")
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
 END_TEXT = "<|endoftext|>"
-SEPARATOR = f"\n{END_TEXT}\n"  # between two songs in a file: with its line breaks, one token
-END = "\0"  # that token inside this program; no text file holds this character
+SEPARATOR = f"\n{END_TEXT}\n"  # between two songs in a file; one token, line breaks included
+END = "\0"  # that token inside this program; no text file contains this character
 
 
 def learn_merges(words: Counter, count: int) -> list[tuple[str, str]]:
     """How a BPE is learned (Sennrich et al., arXiv:1508.07909): join the most frequent pair, again and again.
 
-    words: how often each word stands in the text. Returns the first `count` pairs that are joined. The
-    library does the same, far more quickly. Example: learn_merges(Counter(["tak", "tam", "tu"]), 1) is
+    words: how often each word occurs in the text. Returns the first `count` pairs that are joined. The
+    library does the same, only much faster. Example: learn_merges(Counter(["tak", "tam", "tu"]), 1) is
     [("t", "a")].
     """
     split = {word: list(word) for word in words}  # at first into single symbols
     merges = []
     for _ in range(count):
-        pairs = Counter()  # how often two pieces stand side by side
+        pairs = Counter()  # how often two pieces are adjacent
         for word, pieces in split.items():
             for pair in itertools.pairwise(pieces):
                 pairs[pair] += words[word]
@@ -168,7 +168,7 @@ def learn_merges(words: Counter, count: int) -> list[tuple[str, str]]:
 
 
 def join(pieces: list[str], pair: tuple[str, str]) -> list[str]:
-    """Make each such pair one piece. Example: join(["t", "a", "k"], ("t", "a")) is ["ta", "k"]."""
+    """Join each occurrence of the pair. Example: join(["t", "a", "k"], ("t", "a")) is ["ta", "k"]."""
     joined = []
     for piece in pieces:
         if joined and (joined[-1], piece) == pair:
@@ -179,7 +179,7 @@ def join(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def cut_word(word: str, merges: list[tuple[str, str]]) -> list[str]:
-    """How a word is cut: joined again from its symbols, by all merges in the order they were learned."""
+    """Split a word into pieces: join its symbols by all merges, in the order they were learned."""
     pieces = list(word)
     for pair in merges:
         pieces = join(pieces, pair)
@@ -187,26 +187,26 @@ def cut_word(word: str, merges: list[tuple[str, str]]) -> list[str]:
 
 
 class BPETokenizer:
-    """Text to numbers and back with a byte-level BPE. encode("sto lat") may be tensor([812, 466]).
+    """Maps text to numbers and back with a byte-level BPE. encode("sto lat") may be tensor([812, 466]).
 
     A token stands for a few bytes, often a word or a part of one. There is one for each single byte, so any
-    text can be written, and comes back character for character. source: a tokenizer.json. keep: with
-    --prune_vocab the entries that stay; all others are spelt with their bytes.
+    text can be encoded, and is decoded exactly. source: the text of a tokenizer.json. keep: the entries that
+    --prune_vocab leaves; all others are spelled with their bytes.
     """
 
     def __init__(self, source: str, keep: list[int] | None = None, start: str = END):
-        self.state = dict(source=source, keep=keep, start=start)  # what a checkpoint keeps
-        self.start = start  # what a text without a prompt starts from
+        self.state = dict(source=source, keep=keep, start=start)  # saved in a checkpoint
+        self.start = start  # what a text starts from if there is no prompt
         self.core = library(Tokenizer.from_str, source)
         self.core.encode_special_tokens = True  # <|endoftext|> inside a line means nothing special
-        self.core.model.dropout = None  # some files ask for random cuts,
-        self.core.no_truncation()  # for short texts,
-        self.core.no_padding()  # or for texts of one length
+        self.core.model.dropout = None  # some files ask for BPE dropout,
+        self.core.no_truncation()  # for truncation,
+        self.core.no_padding()  # or for padding
         if self.core.token_to_id(END_TEXT) is None:
             self.core.add_special_tokens([END_TEXT])
         byte_of, vocab = byte_symbols(), numbers_of(self.core)
         if any(symbol not in vocab for symbol in byte_of) or self.core.decoder is None:
-            raise Stop("that tokenizer is no byte-level one with a decoder, it would lose characters: take another")
+            raise Stop("that tokenizer is not byte-level, or has no decoder, and would lose characters: take another")
         pieces = [b""] * (max(vocab.values()) + 1)  # the bytes of each entry
         for token, i in vocab.items():
             known = all(symbol in byte_of for symbol in token)
@@ -221,12 +221,12 @@ class BPETokenizer:
                           for i, piece in enumerate(pieces)]
             pieces, self.end = [pieces[i] for i in keep], new[self.end]
         self.pieces, self.vocab_size = pieces, len(pieces)
-        # Each character has one byte that does not look like 10xxxxxx: they are counted.
+        # In UTF-8 each character has exactly one byte that is not 10xxxxxx: count those.
         self.chars = torch.tensor([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces])
 
     def encode(self, text: str) -> torch.Tensor:
         """Token numbers, shape (n,), in a small integer type."""
-        # Every such tokenizer cuts between a line break and a letter: lines can be encoded one by one.
+        # Every such tokenizer splits between a line break and a letter: lines can be encoded one by one.
         cuts = (cut.start() for cut in re.finditer(rf"(?={END})|(?<=[^\s{END}]\n)(?=[^\s/])", text))
         bounds = itertools.pairwise(itertools.chain([0], cuts, [len(text)]))
         lines, parts = (text[start:end] for start, end in bounds), []
@@ -238,7 +238,7 @@ class BPETokenizer:
             coded = library(self.core.encode_batch_fast, songs, add_special_tokens=False)
             for line, code in zip(batch, coded):
                 ids += [end] * line.startswith(END) + code.ids
-            if self.spell:  # pruned: several bytes for an entry that is gone
+            if self.spell:  # pruned: spell removed entries with bytes
                 ids = [new for old in ids for new in self.spell[old]]
             parts.append(torch.tensor(ids, dtype=small))
         return torch.cat(parts)
@@ -248,7 +248,7 @@ class BPETokenizer:
         return b"".join(self.pieces[i] for i in ids.tolist()).decode("utf-8", "ignore")
 
     def stream(self, ids):
-        """Yield the text of each token number as it comes; a character's comes with its last token."""
+        """Yield the text of each token as it arrives; a character of several tokens comes with the last one."""
         decoder = codecs.getincrementaldecoder("utf-8")("ignore")
         return (decoder.decode(self.pieces[i]) for i in ids)
 
@@ -257,7 +257,7 @@ class BPETokenizer:
         return self.chars[ids.long()]
 
     def describe(self, text: str, ids: torch.Tensor) -> dict:
-        """What the vocabulary makes of the training text. Density: how often an entry is seen."""
+        """How the vocabulary fits the training text. Density: how often an entry is seen on average."""
         size, words = self.vocab_size, sum(1 for _ in re.finditer(r"\w+", text))
         seen = sum(torch.bincount(part.int(), minlength=size) for part in ids.split(2**20))  # (size,)
         return dict(
@@ -267,7 +267,7 @@ class BPETokenizer:
 
 
 def byte_level(model: models.BPE) -> Tokenizer:
-    """A BPE over bytes as GPT-2 has it: words with the space before them, nothing lost."""
+    """A BPE over bytes like GPT-2's: words with the space before them, nothing is lost."""
     core = Tokenizer(model)
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # words, as bytes
     core.decoder = decoders.ByteLevel()
@@ -275,7 +275,7 @@ def byte_level(model: models.BPE) -> Tokenizer:
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of the text's own words, one song at a time. Stop if they are too few for it."""
+    """Train a byte-level BPE on the text, one song at a time. Stop if the text is too short for vocab_size."""
     core = byte_level(models.BPE())
     core.train_from_iterator(text.split(END), trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_TEXT], show_progress=False,
@@ -290,11 +290,11 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 def show_pieces(tokenizer: BPETokenizer, text: str):
     """Print a line of the text with its pieces marked, and what a BPE of its words would join first.
 
-    A character of several pieces stands in its last one.
+    A character split over several pieces is shown in the last one.
     """
     line = max(re.split(f"[\n{END}]", text[:2000]), key=len)[:80]
     say("pieces: " + "|".join(tokenizer.stream(tokenizer.encode(line).tolist())))
-    merges = learn_merges(Counter(re.findall(r"\w+", text[:20_000])), 8)  # by hand, so not of all
+    merges = learn_merges(Counter(re.findall(r"\w+", text[:20_000])), 8)  # slow, so only a part
     word = next((word for word in re.findall(r"\w+", line) if len(cut_word(word, merges)) < len(word)), "")
     say("a BPE of this text begins with " + ", ".join(f"{a}+{b}" for a, b in merges)
         + f": {'|'.join(cut_word(word, merges))}")
@@ -304,11 +304,11 @@ def show_pieces(tokenizer: BPETokenizer, text: str):
 def split_corpus(text: str) -> tuple[str, str]:
     """Training and validation text, the same in every stage: cut at the song boundary nearest to 90 %.
 
-    If there is none from 85 to 95 %, at the line end nearest to 90 %, else at the character.
+    If there is none between 85 and 95 %, at the line end nearest to 90 %; failing that, at exactly 90 %.
     """
     target, low, high = (round(len(text) * share) for share in (0.90, 0.85, 0.95))
     for mark in (END, "\n"):
-        cuts = [text.rfind(mark, 0, target) + 1, text.find(mark, target) + 1]  # before it, after it
+        cuts = [text.rfind(mark, 0, target) + 1, text.find(mark, target) + 1]  # before the target, after it
         cuts = [cut for cut in cuts if max(low, 1) <= cut <= min(high, len(text) - 1)]
         if cuts:
             target = min(cuts, key=lambda cut: abs(cut - target))
@@ -318,19 +318,19 @@ REACH = 1536  # how many tokens recall looks back
 
 
 def recall(ids: torch.Tensor, n: int, none: int, end: int = -1) -> torch.Tensor:
-    """For each position, what followed the last time that the same n tokens stood in this song; else `none`.
+    """For each position, what followed the last time the same n tokens occurred in this song; else `none`.
 
-    Songs repeat: whoever has heard the first line of a refrain knows its second. Large models learn by
-    themselves to look that up (induction heads: Olsson et al., arXiv:2209.11895). A small model does not
-    find out from one text, so it is told. Example: at the last "a" of "tra la la" and with n = 2 it is
-    the blank, as "la" stood before and a blank came after it. Shape in and out: (N,).
+    Songs repeat: if you have heard a refrain once, its first line tells you the second. Large models learn
+    to look this up by themselves (induction heads: Olsson et al., arXiv:2209.11895). A small model does not
+    learn it from a single text, so it gets it as an input. Example: at the last "a" of "tra la la", with
+    n = 2, the result is the space, because that is what followed the first "la". Shape in and out: (N,).
     """
     found = torch.full_like(ids, none)
     for begin in range(0, len(ids), 2**20):  # in parts, to save memory
         start = max(0, begin - REACH - n)
         part = ids[start:begin + 2**20].long()
-        key = (part == end).cumsum(0)  # the number of the song
-        for _ in range(n):  # and of the last n tokens; int64 wraps around
+        key = (part == end).cumsum(0)  # a hash of the song's number
+        for _ in range(n):  # and the last n tokens; int64 wraps around
             key = F.pad(key, (1, 0))[:-1] * 1_000_003 + part + 1
         order = key.argsort(stable=True)  # equal keys side by side, in the order of the text
         before, here = order[:-1], order[1:]
@@ -342,18 +342,18 @@ def recall(ids: torch.Tensor, n: int, none: int, end: int = -1) -> torch.Tensor:
 
 
 class Memory:
-    """The same one token at a time, for when the model writes: a dictionary says where the last n tokens stood."""
+    """recall() one token at a time, for generation: a dictionary stores where the last n tokens occurred."""
 
     def __init__(self, orders: list[int], none: int, end: int = -1):
         self.orders, self.none, self.end = orders, none, end
-        self.read, self.after = [], {}  # all tokens; n tokens -> where the next one stands
+        self.read, self.after = [], {}  # all tokens; n tokens -> position of the next one
 
     def add(self, token: int) -> list[int]:
-        """Read a token. What followed the last time, for each n."""
+        """Read a token. Returns what followed the last time, for each n."""
         self.read.append(token)
         if token == self.end:
             self.after.clear()  # a new song
-        here = len(self.read)  # where the next token will stand
+        here = len(self.read)  # position of the next token
         lasts = [(n, *self.read[-n:]) for n in self.orders]
         places = [self.after.get(last, -REACH) for last in lasts]
         self.after.update((last, here) for last in lasts)
@@ -361,7 +361,7 @@ class Memory:
 
 
 def with_recall(ids: torch.Tensor, config: Config, tokenizer) -> torch.Tensor:
-    """A text and, for each n, what is recalled at each position: shape (N, 1 + orders)."""
+    """The tokens and, for each n, what is recalled at each position: shape (N, 1 + orders)."""
     orders = recall_orders(config)
     data = ids.new_empty(len(ids), 1 + len(orders))
     data[:, 0] = ids
@@ -371,9 +371,9 @@ def with_recall(ids: torch.Tensor, config: Config, tokenizer) -> torch.Tensor:
 
 
 def row_length(config: Config, step: int) -> int:
-    """How many tokens a row of this step has: it doubles `grow` times, at even intervals, up to the context.
+    """Tokens in a row at this step: the length doubles `grow` times, at even intervals, up to the context.
 
-    What stands near is learned first, and short rows are quick, as attention looks at all pairs of
+    Nearby context is learned first, and short rows are fast, because attention looks at all pairs of
     positions (Press et al., "Shortformer", arXiv:2012.15832).
     """
     doublings_left = config.grow - step * (config.grow + 1) // config.max_iters  # grow, ..., 1, 0
@@ -382,36 +382,36 @@ def row_length(config: Config, step: int) -> int:
 
 @functools.lru_cache(2)  # once an epoch, not once a step
 def shuffled_windows(length: int, size: int, seed: int) -> torch.Tensor:
-    """Where an epoch's windows begin, shape (length // size,): the text is a ring, cut at random, then every `size`."""
+    """Where an epoch's windows begin, shuffled: every `size` tokens around the text, a ring. (length // size,)"""
     generator = torch.Generator().manual_seed(seed)
-    cut = torch.randint(length, (1,), generator=generator)  # elsewhere in each epoch
+    cut = torch.randint(length, (1,), generator=generator)  # a new offset each epoch
     return cut + size * torch.randperm(max(1, length // size), generator=generator)
 
 
 def read_at(data: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """What stands at these places, as int64: shape (*places.shape, 1 + orders)."""
-    # By numpy: torch before 2.10 takes no entries out of 16-bit numbers, as stage 2 has them.
+    """The rows of data at these places, as int64: shape (*places.shape, 1 + orders)."""
+    # With NumPy: torch before 2.10 cannot index tensors of 16-bit numbers, which stage 2 has.
     return torch.from_numpy(data.numpy()[places.numpy()]).long()
 
 
 def draw_batch(data, config: Config, step: int, rank: int, world: int) -> torch.Tensor:
     """The rows of a step for process `rank` of `world`, shape (grad_accum, B, T + 1, 1 + orders).
 
-    classic: windows anywhere. modern: epochs, so that nothing is read twice before all is read. The draw
-    depends on seed and step alone: a resumed run sees what an uninterrupted one would have seen.
+    classic: windows anywhere. modern: epochs, so nothing is read twice before everything is read once. The
+    draw depends only on the seed and the step: a resumed run sees what an uninterrupted one would have seen.
     """
     size = row_length(config, step)  # T
-    rows = config.batch_size * (config.block_size // size)  # where rows are shorter, there are more
+    rows = config.batch_size * (config.block_size // size)  # shorter rows, but more of them
     count = config.grad_accum * rows * world  # rows in this step, in all processes
     if config.recipe == "classic":
         generator = torch.Generator().manual_seed(hash((config.seed, step)))
         starts = torch.randint(len(data) - size, (count,), generator=generator)[rank::world]
     else:
         per_epoch = max(1, len(data) // size)  # rows
-        numbers = torch.arange(step * count + rank, (step + 1) * count, world)  # of all rows ever
+        numbers = torch.arange(step * count + rank, (step + 1) * count, world)  # rows of the whole run
         first, last = step * count // per_epoch, ((step + 1) * count - 1) // per_epoch
         epochs = [shuffled_windows(len(data), size, hash((config.seed, epoch)))
-                  for epoch in range(first, last + 1)]  # a step may end one and begin another
+                  for epoch in range(first, last + 1)]  # a step may span two
         starts = torch.cat(epochs)[numbers - first * per_epoch]
     places = starts[:, None] + torch.arange(size + 1)  # (rows, T + 1)
     return read_at(data, places % len(data)).view(config.grad_accum, rows, size + 1, -1)
@@ -419,9 +419,9 @@ def draw_batch(data, config: Config, step: int, rank: int, world: int) -> torch.
 
 # -------------------------------------------------------------------------------------------- model
 def rotate(x, rope):
-    """Rotary positions (Su et al., arXiv:2104.09864): turn pairs of numbers by angles that grow with the position.
+    """Rotary positions (Su et al., arXiv:2104.09864): rotate pairs of numbers by angles that grow with the position.
 
-    The product of a query and a key then depends on how far apart they stand. x: (..., T, hs).
+    The dot product of a query and a key then depends on the distance between them. x: (..., T, hs).
     """
     cos, sin = rope.to(x.dtype)  # (T, hs) each
     a, b = x.chunk(2, dim=-1)  # the pairs: one number from each half
@@ -429,7 +429,7 @@ def rotate(x, rope):
 
 
 class MultiHeadAttention(nn.Module):
-    """Self-attention by hand, all heads in one batched product (Vaswani et al., arXiv:1706.03762)."""
+    """Self-attention written out, all heads in one batched product (Vaswani et al., arXiv:1706.03762)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -452,7 +452,7 @@ class MultiHeadAttention(nn.Module):
         v = self.value(x).view(heads).transpose(1, 2)  # what it has to say
         if self.modern:
             q, k = rotate(self.qk_norm(torch.stack((q, k))), rope)  # both at once
-        if cache is not None:  # in generation k and v of what was read before are kept
+        if cache is not None:  # in generation, k and v of earlier positions are kept
             S = mask.size(1)  # all positions so far, the last T of them new
             if self not in cache:
                 cache[self] = k.new_empty(2, B, self.n_head, self.block_size, C // self.n_head)
@@ -473,7 +473,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.modern = config.recipe == "modern"
         hidden = 4 * config.n_embd
-        if self.modern:  # three matrices: at two thirds of the width they have as many parameters
+        if self.modern:  # three matrices at two thirds of the width: as many parameters as two
             hidden = 32 * max(1, round(config.n_embd * 8 / 3 / 32))
             self.gate = nn.Linear(config.n_embd, hidden, bias=False)
         self.up = nn.Linear(config.n_embd, hidden, bias=not self.modern)
@@ -494,7 +494,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        # Without a bias it is RMSNorm (arXiv:1910.07467) of a centred x, and quicker on a CPU.
+        # Without a bias it is RMSNorm (arXiv:1910.07467) of a centred x, and faster on a CPU.
         self.norm1 = nn.LayerNorm(config.n_embd, bias=config.recipe == "classic")
         self.norm2 = nn.LayerNorm(config.n_embd, bias=config.recipe == "classic")
         self.attention = MultiHeadAttention(config)
@@ -507,15 +507,15 @@ class Block(nn.Module):
 
 
 class SlicedLoss(torch.autograd.Function):
-    """Mean cross-entropy of a linear head that never holds all logits: of 16,384 tokens they are 3.3 GB a copy.
+    """Mean cross-entropy of a linear head that never holds all logits: for 16,384 tokens they take 3.3 GB.
 
-    The tokens go through the head a slice at a time, and each slice leaves its part of the gradients at
-    once, in float32.
+    The tokens go through the head a slice at a time, and each slice adds its part of the gradients right
+    away, in float32.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets):
-        """The loss in nats per token. x: (N, C); weight: (V, C); bias: (V,) or None; targets: (N,), -100: none."""
+        """The loss in nats per token. x: (N, C); weight: (V, C); bias: (V,) or None; targets: (N,), -100: ignored."""
         count, total = (targets >= 0).sum(), 0  # of tokens, of nats
         learns = ctx.needs_input_grad[0]  # not in evaluation
         grads = [torch.zeros_like(t, dtype=torch.float32) if learns and t is not None else None
@@ -528,8 +528,8 @@ class SlicedLoss(torch.autograd.Function):
                 total = total + F.cross_entropy(logits, target, reduction="sum")
                 if not learns:
                     continue
-                told = (target >= 0)[:, None] / count  # (n, 1): what each token's loss weighs
-                error = logits.softmax(dim=-1)  # the gradient: what was expected, less what came
+                told = (target >= 0)[:, None] / count  # (n, 1): each token's weight in the mean
+                error = logits.softmax(dim=-1)  # the gradient: prediction minus target
                 error.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(told))
                 error *= told
                 torch.mm(error, weight, out=grads[0][start:start + size])  # (n, C)
@@ -541,18 +541,18 @@ class SlicedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
-        """The gradients are there already; they only take the outer factor."""
+        """The gradients are computed already; only the outer factor is applied."""
         return *(None if grad is None else grad * scale for grad in ctx.saved_tensors), None
 
 
 class GPTLanguageModel(nn.Module):
-    """Tokens in; out, for each position, a score for every token that may come next."""
+    """For each position, a score for every token that may come next."""
 
     def __init__(self, config: Config, vocab_size: int):
         super().__init__()
         self.modern = config.recipe == "modern"
         self.orders = recall_orders(config)
-        entries = vocab_size + (1 if self.orders else 0)  # the last: nothing is recalled
+        entries = vocab_size + (1 if self.orders else 0)  # the last one: nothing is recalled
         self.token_embedding = nn.Embedding(entries, config.n_embd)  # C numbers for each token
         self.recall = nn.ModuleList(nn.Linear(config.n_embd, config.n_embd, bias=False) for _ in self.orders)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -569,11 +569,11 @@ class GPTLanguageModel(nn.Module):
         else:
             self.position_embedding = nn.Embedding(T, config.n_embd)
         self.apply(self.init_weights)
-        for matrix in self.recall:  # it takes of what is recalled as much as helps
+        for matrix in self.recall:  # training adds as much of recall as helps
             nn.init.zeros_(matrix.weight)
 
     def init_weights(self, module):
-        """Small random numbers. modern: a block adds nothing at first, it starts as the identity."""
+        """Small random numbers. modern: each block starts as the identity."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -583,9 +583,9 @@ class GPTLanguageModel(nn.Module):
             nn.init.zeros_(module.feed_forward.down.weight)
 
     def forward(self, idx, targets=None, recalled=None, cache=None, past=0):
-        """Logits (B, T, vocab_size), or with targets (B, T) the mean loss. idx: (B, T), after `past` cached ones.
+        """Logits (B, T, vocab_size), or with targets (B, T) the mean loss. idx: (B, T), after `past` cached tokens.
 
-        recalled: (B, T, orders), what followed the last time; None: nothing is known.
+        recalled: (B, T, orders), what followed the last time; None: no recall.
         """
         S = past + idx.size(1)  # all positions so far, the last T of them new
         x = self.token_embedding(idx)  # (B, T, C)
@@ -623,7 +623,7 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalized momentum: every direction of a weight matrix learns at the same pace (Jordan et al., 2024).
 
     The step of torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (arXiv:2502.16982: one learning rate
-    for Muon and AdamW), but all matrices of a group, which have one shape, in one batched product.
+    for Muon and AdamW), but all matrices of a group have the same shape and share one batched product.
     """
 
     def __init__(self, groups, lr: float, weight_decay: float, momentum: float = 0.95):
@@ -633,7 +633,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """One step for all parameters."""
         for group in self.param_groups:
-            params, lr, beta = group["params"], group["lr"], group["momentum"]  # matrices of one shape
+            params, lr, beta = group["params"], group["lr"], group["momentum"]  # matrices of the same shape
             grad = torch.stack([p.grad for p in params])  # (n, rows, cols)
             momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad))
             momentum.lerp_(grad, 1 - beta)  # a running mean of the gradients
@@ -649,7 +649,7 @@ def make_optimizers(model: GPTLanguageModel, config: Config) -> list[torch.optim
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
     if config.recipe == "classic":
         return [torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=fused)]
-    shapes, rest = {}, []  # matrices of one shape are orthogonalized together
+    shapes, rest = {}, []  # matrices of the same shape are orthogonalized together
     for name, p in model.named_parameters():
         if "blocks" in name and p.ndim == 2:
             shapes.setdefault(p.shape, []).append(p)
@@ -664,17 +664,17 @@ def learning_rate(config: Config, step: int) -> float:
     if config.recipe == "classic":
         return config.learning_rate
     rise = (step + 1) / (config.warmup_iters + 1)  # small steps at first
-    fall = (config.max_iters - step) / max(1, config.max_iters - config.warmup_iters)  # and at last
+    fall = (config.max_iters - step) / max(1, config.max_iters - config.warmup_iters)  # and at the end
     return config.learning_rate * min(rise, fall)
 
 
 # --------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def token_losses(model, data, config: Config, context: int) -> torch.Tensor:
-    """Nats of each token but the first, each predicted exactly once: shape (N - 1,). No random draw.
+    """Nats for each token but the first, each predicted exactly once: shape (N - 1,). Nothing is random.
 
-    A window begins in the middle of the one before and adds what is new in it, so that each token is
-    predicted from half a context at least, as it is when the model writes.
+    Each window begins in the middle of the previous one, and only its new half counts: after the first
+    window, every token is predicted from at least half a context, as in generation.
     """
     model.eval()
     device, step, losses = next(model.parameters()).device, max(1, context // 2), []
@@ -688,8 +688,8 @@ def token_losses(model, data, config: Config, context: int) -> torch.Tensor:
             logits = model(read[:, :-1, 0], recalled=read[:, :-1, 1:])  # (B, T, vocab_size)
         targets = read[:, 1:, 0].flatten()
         nats = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")  # (B * T,)
-        new = places[:, 1:] < len(data)  # not beyond the end,
-        new[start > 0, :context - step] = False  # nor in the window before
+        new = places[:, 1:] < len(data)  # within the text,
+        new[start > 0, :context - step] = False  # and not in the previous window
         losses.append(nats.cpu()[new.flatten()])
     return torch.cat(losses).double()
 
@@ -700,13 +700,13 @@ def evaluate(model, data, tokenizer, config: Config, context: int) -> tuple[floa
     Bits per character, nats / (ln 2 * characters), can be compared between tokenizers.
     """
     nats = token_losses(model, data, config, context)
-    chars = tokenizer.count_chars(data[1:len(nats) + 1, 0])  # a token may stand for several
+    chars = tokenizer.count_chars(data[1:len(nats) + 1, 0])  # a token may be several characters
     return nats.mean().item(), nats.sum().item() / (math.log(2) * chars.sum().item())
 
 
 # ----------------------------------------------------------------------------------------- sampling
 def draw_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw one token a row from the scores: logits (B, vocab_size), result (B,)."""
+    """Draw one token per row from the scores: logits (B, vocab_size), result (B,)."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1)  # the likeliest
     scores, order = (logits.float() / temperature).sort(dim=-1, descending=True)
@@ -714,16 +714,16 @@ def draw_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if probs.isnan().any():
         raise Stop(NAN, 1)
     if top_p < 1:  # nucleus sampling (Holtzman et al., arXiv:1904.09751)
-        probs[probs.cumsum(dim=-1) - probs >= top_p] = 0  # those before already make up top_p
+        probs[probs.cumsum(dim=-1) - probs >= top_p] = 0  # the ones before already add up to top_p
     return order.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)
 
 
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_p=1.0, generator=None,
              end=-1):
-    """Yield max_new_tokens times the next token of each row, shape (B,). idx: (B, T), the prompt.
+    """Yield the next token of each row, shape (B,), max_new_tokens times. idx: (B, T), the prompt.
 
-    The cache keeps each block's keys and values, so that a new token costs one position. When the context
+    The cache keeps each block's keys and values, so a new token costs only one position. When the context
     is full, its last half is kept and read again.
     """
     model.eval()
@@ -745,12 +745,12 @@ def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_
 
 
 def sample_text(model, tokenizer, config: Config, context: int, number=0, length=None):
-    """Yield one text piece by piece, the prompt first. The same seed and number give the same text."""
+    """Yield a text piece by piece, the prompt first. The same seed and number give the same text."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(hash((config.seed, -1, number)))
     idx = tokenizer.encode(config.prompt or tokenizer.start).long().to(device)[None]  # (1, T)
     yield config.prompt  # not drawn, but part of the text
-    # On a CPU casts to bfloat16 cost more than they save, with one position at a time.
+    # On a CPU, with one position at a time, casts to bfloat16 cost more than they save.
     with mixed_precision("float32" if device.type == "cpu" else config.dtype, device):
         tokens = generate(model, idx, length or config.max_new_tokens, context,
                           config.temperature, config.top_k, config.top_p, generator, tokenizer.end)
@@ -764,10 +764,10 @@ def sample_text(model, tokenizer, config: Config, context: int, number=0, length
 # ----------------------------------------------------------------------------------------- training
 def take_step(network, optimizers, scaler, rows, config: Config, step: int) -> torch.Tensor:
     """One optimizer step on rows (grad_accum, B, T + 1, 1 + orders). Returns the mean loss, in nats per token."""
-    torch.manual_seed(hash((config.seed, step, RANK)))  # for dropout: so there is no state to save
+    torch.manual_seed(hash((config.seed, step, RANK)))  # for dropout, so no RNG state must be saved
     network.train()  # dropout on
     amp = mixed_precision(config.dtype, rows.device)
-    total = 0  # of the losses
+    total = 0  # sum of the losses
     for batch in rows:
         idx, targets, recalled = batch[:, :-1, 0], batch[:, 1:, 0], batch[:, :-1, 1:]
         with amp:
@@ -789,21 +789,21 @@ def take_step(network, optimizers, scaler, rows, config: Config, step: int) -> t
 
 
 def train(config: Config, model, tokenizer, train_data, val_data, facts: dict, saved: dict | None) -> list[dict]:
-    """Train to max_iters, or until `patience` evaluations brought nothing. The history: a record an evaluation."""
+    """Train to max_iters, or until `patience` evaluations bring no improvement. Returns a record for each one."""
     device = next(model.parameters()).device
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     if config.compile:
         network = torch.compile(network, dynamic=False)
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=facts["dtype"] == "float16")
-    history, start, seconds = [], 0, 0.0  # seconds of training alone
-    if saved:  # continue where the last evaluation left the run
+    history, start, seconds = [], 0, 0.0  # training time only
+    if saved:  # continue from the last evaluation
         history, start, seconds = saved["history"], saved["history"][-1]["iter"], saved["history"][-1]["seconds"]
         scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
     context, losses, told = config.block_size, [], seconds
-    hidden = None if RANK == 0 and sys.stderr else True  # None: hidden where nobody watches
+    hidden = None if RANK == 0 and sys.stderr else True  # None: hidden unless on a terminal
     bar = tqdm(total=config.max_iters, initial=start, unit="step", leave=False, disable=hidden)
     for step in range(start, config.max_iters + 1):
 
@@ -831,7 +831,7 @@ def train(config: Config, model, tokenizer, train_data, val_data, facts: dict, s
             return history
 
         # One step.
-        began = time.perf_counter()  # the clock stands still while it evaluates and writes
+        began = time.perf_counter()  # evaluating and sampling are not timed
         rows = draw_batch(train_data, config, step, RANK, WORLD).to(device, non_blocking=True)
         losses.append(take_step(network, optimizers, scaler, rows, config, step))
         context = row_length(config, step)  # how far back the model has learned to look
@@ -843,10 +843,10 @@ def train(config: Config, model, tokenizer, train_data, val_data, facts: dict, s
 
 # ------------------------------- the end of the lesson: devices, files, command line
 class Dropout(nn.Dropout):
-    """nn.Dropout (Srivastava et al., 2014), quicker on a CPU: torch draws a double for each number, here it is a byte."""
+    """nn.Dropout (Srivastava et al., 2014), faster on a CPU: torch draws a double for each number, we a byte."""
 
     def forward(self, x):
-        """Zero a share p, counted in 256ths, in training; what stays grows by 1 / (1 - p). Shape in and out: any."""
+        """In training, zero a fraction p (rounded to 256ths) and scale the rest by 1 / (1 - p). Any shape."""
         if not self.training or not self.p:
             return x
         if x.device.type != "cpu":
@@ -854,7 +854,7 @@ class Dropout(nn.Dropout):
         bound = round(256 * self.p)  # a byte below it means zero
         words = torch.randint(-2**63, 2**63 - 1, (math.ceil(x.numel() / 8),))  # 64 random bits each
         numbers = words.view(torch.uint8)[:x.numel()].view(x.shape).to(x.dtype)
-        keep = torch.ge(numbers, bound, out=torch.empty_like(numbers))  # 0 or 1, in x's own type
+        keep = torch.ge(numbers, bound, out=torch.empty_like(numbers))  # 0 or 1, in x's dtype
         return x * keep.mul_(256 / (256 - bound))
 
 
@@ -864,13 +864,13 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = next(device for device in available if available[device])
     if not available[name]:
-        raise Stop(f"--device {name}: there is none here; use --device auto")
+        raise Stop(f"--device {name}: not available here; use --device auto")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
 def mixed_precision(name: str, device: torch.device) -> torch.autocast:
-    """A context to compute in; auto: bfloat16 where the hardware has it, float16 on an older GPU, else float32."""
-    if name == "auto" and device.type == "cuda":  # is_bf16_supported() would count a slow emulation
+    """The autocast context; auto: bfloat16 where the hardware has it, float16 on an older GPU, else float32."""
+    if name == "auto" and device.type == "cuda":  # is_bf16_supported() also accepts slow emulation
         name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     elif name == "auto":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -879,20 +879,20 @@ def mixed_precision(name: str, device: torch.device) -> torch.autocast:
 
 
 def keep_memory():
-    """Let freed memory stay with the process: glibc gives large tensors back, and each step asks for them anew."""
+    """Keep freed memory in the process: glibc returns large tensors, and each step asks for them again."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another system, or another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: map only what is larger
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back only more
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return only what exceeds this
 
 
-# Several processes, as torchrun starts them: each has a rank. The first alone writes and prints.
+# Several processes, as torchrun starts them: each has a rank. Only the first writes and prints.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 IN_NOTEBOOK = "kernel" in os.path.basename((sys.argv or [""])[0])  # then sys.argv is the kernel's
 
 
 def say(text: str):
-    """Print a line above the progress bar, in the first process alone."""
+    """Print a line above the progress bar, in the first process only."""
     if RANK == 0:
         with tqdm.external_write_mode():
             print(text, flush=True)
@@ -907,21 +907,21 @@ def average(number: float) -> float:
 
 
 def join_processes(facts: dict):
-    """Meet the other processes of this run. Stop if they differ in the text or in an option."""
+    """Connect to the other processes of this run. Stop if their texts or options differ."""
     if WORLD > 1:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in facts["device"] else "gloo")
-        except (ValueError, RuntimeError) as e:  # an address that is missing, or taken
+        except (ValueError, RuntimeError) as e:  # an address that is missing or in use
             reason = str(e).partition("\n")[0]
-            raise Stop(f"the processes do not find each other ({reason}): start them with torchrun") from None
+            raise Stop(f"the processes cannot find each other ({reason}): start them with torchrun") from None
         everybodys = [None] * WORLD
         dist.all_gather_object(everybodys, facts | dict(device=""))
         if any(other != everybodys[0] for other in everybodys):
-            raise Stop("the processes of this run have different texts or options: give all the same")
+            raise Stop("the processes of this run have different texts or options: give them all the same")
 
 
 def recall_orders(config: Config) -> list[int]:
-    """The numbers of --recall. Stop if they are none."""
+    """The numbers in --recall. Stop if they are invalid."""
     if not re.fullmatch(r"([1-9]\d{0,2}(,[1-9]\d{0,2}){0,9})?", config.recall):
         raise Stop(f"--recall {config.recall}: must be numbers from 1 to 999, such as 10,20")
     if config.recall and config.recipe == "classic":
@@ -930,7 +930,7 @@ def recall_orders(config: Config) -> list[int]:
 
 
 def repeated(text: str) -> torch.Tensor:
-    """For each character: is it in a line of 12 or more that stood in the 3,000 characters before? Case ignored."""
+    """For each character: is it in a line of 12 or more that occurs in the 3,000 before it? Case is ignored."""
     marks = torch.zeros(len(text), dtype=torch.bool)
     for line in re.finditer(rf"[^\n{END}]{{12,}}", text):
         begin, end = line.span()
@@ -939,9 +939,9 @@ def repeated(text: str) -> torch.Tensor:
 
 
 def by_repetition(model, data, tokenizer, config: Config, context: int) -> dict:
-    """Does the model use what it has read? Bits per character in repeated lines and elsewhere, and the lines' share.
+    """Does the model use what it has read? Bits per character in repeated lines and elsewhere, and their share.
 
-    A token belongs where its last character stands. None where there is nothing.
+    A token counts where its last character is. None where there is nothing to measure.
     """
     nats = token_losses(model, data, config, context)
     ids = data[1:len(nats) + 1, 0]
@@ -963,10 +963,10 @@ def best_of(history: list[dict]) -> dict:
 
 # --------------------------------------------------------------------------------- options and text
 def check_values(options: dict):
-    """Stop if an option is not known, or its value is of another type or out of its range."""
+    """Stop if an option is unknown, or its value has the wrong type or is out of range."""
     for name, value in options.items():
         f = Config.__dataclass_fields__.get(name)
-        no_text = re.search("[\0\ud800-\udc7f\udd00-\udfff]", str(value))  # and no name of a file
+        no_text = re.search("[\0\ud800-\udc7f\udd00-\udfff]", str(value))  # nor a file name
         if not f or type(value) is not f.type or no_text:
             raise Stop(f"--{name} {value!r} is not an option of this version")
         low, high, choices = (f.metadata[limit] for limit in ("low", "high", "choices"))
@@ -991,20 +991,20 @@ def parse_args(argv) -> dict:
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name}", help=f.metadata["help"] + note, **kind)
     given = vars(parser.parse_args(argv))
-    check_values(given)  # the ranges: argparse knows types and choices
+    check_values(given)  # ranges; argparse has checked types and choices
     if "prompt" in given:  # bytes that are not UTF-8 come from a shell as lone surrogates: drop them
         given["prompt"] = unicodedata.normalize("NFC", given["prompt"].encode(errors="ignore").decode())
     return given
 
 
 def inherit(given: dict, checkpoint: dict | None) -> dict:
-    """The options that were given and, where they say nothing, the checkpoint's: all if resumed, else its shape."""
+    """The given options, completed by the checkpoint's: by all of them to resume, else by the model's shape."""
     if not checkpoint:
         return given
     old = checkpoint["config"]
     for name in SHAPE:
         if given.get(name, old[name]) != old[name]:
-            raise Stop(f"--{name} {given[name]} contradicts the checkpoint's {old[name]}: leave it out, or train anew")
+            raise Stop(f"--{name} {given[name]} contradicts the checkpoint's {old[name]}: leave it out, or retrain")
     names = set(SHAPE)  # a new run from old weights
     if given.get("resume"):
         if given.get("max_iters", math.inf) < old["max_iters"]:
@@ -1014,10 +1014,10 @@ def inherit(given: dict, checkpoint: dict | None) -> dict:
 
 
 def make_config(given: dict, device: torch.device, tokens: int = 0) -> Config:
-    """Settle what was not given: by the recipe, by the size, and in modern by the number of training tokens.
+    """Fill in what was not given: from the recipe, the size and, in modern, the number of training tokens.
 
-    modern makes EPOCHS passes over the text, in 100 steps at least and the size's own number at most, and
-    shows in between what it has learned: ten evaluations or more, four samples or more.
+    modern makes EPOCHS passes over the text, but takes at least 100 steps and at most the size's number,
+    with at least ten evaluations and four samples.
     """
     size, recipe = given.get("size", "auto"), given.get("recipe", Config.recipe)
     if size == "auto":
@@ -1049,9 +1049,9 @@ def byte_symbols() -> dict[str, int]:
 
 
 def library(call, *args, **options):
-    """What a call of the tokenizers library returns. Stop says what it does not like."""
+    """Call the tokenizers library and return the result. Stop says why, if it fails."""
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)  # where the library writes of a panic of its own
+    os.dup2(nowhere, 2)  # where the library itself reports a panic
     try:
         return call(*args, **options)
     except BaseException as e:  # it raises nothing narrower, and a panic is not even an Exception
@@ -1065,7 +1065,7 @@ def library(call, *args, **options):
 
 
 def numbers_of(core: Tokenizer) -> dict[str, int]:
-    """The number of each entry. Stop if two have the same, or if most numbers have no entry: a list would fill the memory."""
+    """The number of each entry. Stop if two share one, or if most have no entry: a list would fill the memory."""
     vocab = core.get_vocab()
     numbers = {*vocab.values()}
     if len(numbers) < len(vocab) or vocab and max(numbers) > 2 * len(vocab):
@@ -1074,7 +1074,7 @@ def numbers_of(core: Tokenizer) -> dict[str, int]:
 
 
 def tiktoken_tokenizer(name: str) -> Tokenizer:
-    """OpenAI's encoding, downloaded at first use, as a tokenizer that a checkpoint can hold. OSError without network."""
+    """OpenAI's encoding, downloaded once, as a tokenizer that a checkpoint can store. OSError without network."""
     encoding = tiktoken.get_encoding(name)
     ranks = encoding._mergeable_ranks  # an entry's bytes -> its number
     symbols = {byte: symbol for symbol, byte in byte_symbols().items()}
@@ -1086,7 +1086,7 @@ def tiktoken_tokenizer(name: str) -> Tokenizer:
         merges += [(written[a], written[b]) for _, _, a, b in sorted(pairs)]
     vocab = {written[piece]: rank for piece, rank in ranks.items()}
     core = byte_level(models.BPE(vocab, merges, ignore_merges=True))
-    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # for the library's engine + means: again
+    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # in the library's regex engine + means: repeat
     core.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -1095,7 +1095,7 @@ def tiktoken_tokenizer(name: str) -> Tokenizer:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, or in a folder with one or with vocab.json and merges.txt. Stop: it is none."""
+    """Read a tokenizer.json, or a folder with one or with vocab.json and merges.txt. Stop if it is invalid."""
     try:
         if path.is_dir() and not (path / "tokenizer.json").exists():
             parts = str(path / "vocab.json"), str(path / "merges.txt")
@@ -1111,7 +1111,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def find_tokenizer(given: dict, text: str) -> tuple[Tokenizer, str]:
-    """The tokenizer that was asked for, and what it is; auto: the file, else tiktoken's, else one of the text's own."""
+    """The tokenizer that was asked for, and its name; auto: the file, else tiktoken's, else one made of the text."""
     kind, path = given.get("tokenizer", Config.tokenizer), Path(given.get("tokenizer_path", ""))
     named = path != Path()
     if kind == "tiktoken" and named:
@@ -1132,7 +1132,7 @@ def find_tokenizer(given: dict, text: str) -> tuple[Tokenizer, str]:
         encoding = given.get("encoding", Config.encoding)
         try:
             return tiktoken_tokenizer(encoding), f"tiktoken's {encoding}"
-        except (OSError, ValueError) as e:  # ValueError: something else came in place of the file
+        except (OSError, ValueError) as e:  # ValueError: the download is not that file
             note = f"tiktoken's {encoding} cannot be fetched ({type(e).__name__})"
             if kind == "tiktoken":
                 raise Stop(f"{note}: go online once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or "
@@ -1165,7 +1165,7 @@ def make_tokenizer(given: dict, text: str, checkpoint: dict | None) -> BPETokeni
             raise Stop("that tokenizer loses characters of the text: take another")
     if given.get("prune_vocab"):
         seen = set(tokenizer.encode(split_corpus(text)[0]).tolist())
-        single = {i for i, piece in enumerate(tokenizer.pieces) if len(piece) == 1}  # bytes, the end
+        single = {i for i, piece in enumerate(tokenizer.pieces) if len(piece) == 1}  # the bytes and the end
         tokenizer = BPETokenizer(source, sorted(seen | single), start)
     say(f"tokenizer: {name}")
     show_pieces(tokenizer, text)
@@ -1185,7 +1185,7 @@ def save_tokenizer(tokenizer: BPETokenizer, config: Config):
 
 
 def read_corpus(path: str) -> str:
-    """The text of a UTF-8 file, its songs separated by END. A BOM and Windows line ends are tolerated."""
+    """The text of a UTF-8 file, its songs separated by END. A BOM and Windows line endings are accepted."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # also turns \r\n into \n
     except OSError as e:
@@ -1200,7 +1200,7 @@ def read_corpus(path: str) -> str:
     songs = text.count(END) + 1
     if not text.strip():
         raise Stop(f"{path} is empty: put lyrics in it")
-    rule = r"|^[-=*#_~]{3,}$" if songs == 1 else ""  # inside songs such a line may be theirs
+    rule = r"|^[-=*#_~]{3,}$" if songs == 1 else ""  # several songs may contain such lines
     mark = re.search(r"<\|?/?\w+\|?>" + rule, text, re.MULTILINE)
     if mark:
         say(f"note: {mark[0]} in {path} is read as text, {songs} song(s) in all; "
@@ -1212,11 +1212,11 @@ def read_corpus(path: str) -> str:
 FORMAT_VERSION = 3
 NAN = "the loss turned NaN: lower --learning_rate"
 DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError,
-           pickle.UnpicklingError, zipfile.BadZipFile)  # what a file that is none may raise
+           pickle.UnpicklingError, zipfile.BadZipFile)  # what a file of another kind may raise
 
 
 def make_checkpoint(config: Config, tokenizer, model, optimizers, scaler, history: list, context: int) -> dict:
-    """All that is needed to sample, and to continue."""
+    """Everything needed to sample and to continue."""
     return dict(
         stage=STAGE, format_version=FORMAT_VERSION, config=asdict(config), tokenizer=tokenizer.state,
         model=model.state_dict(), optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers],
@@ -1224,7 +1224,7 @@ def make_checkpoint(config: Config, tokenizer, model, optimizers, scaler, histor
 
 
 def form(value):
-    """Names, types and shapes, without the numbers."""
+    """The structure of a checkpoint: names, types and shapes, without the numbers."""
     if isinstance(value, dict):
         return {name: form(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -1235,14 +1235,14 @@ def form(value):
 
 
 def is_finite(saved: dict) -> bool:
-    """Are the losses, the weights and what the optimizers keep numbers?"""
+    """Are the losses, the weights and the optimizers' states all finite?"""
     losses = torch.tensor([record["val_loss"] for record in saved["history"]])
     kept = [number for states in saved["optimizers"] for state in states.values() for number in state.values()]
     return all(numbers.isfinite().all() for numbers in (losses, *saved["model"].values(), *kept))
 
 
 def check_checkpoint(saved: dict):
-    """Raise an error unless a loaded file has the form that this script gives a checkpoint, and sane values."""
+    """Raise an error unless a loaded file has the structure of this script's checkpoints, and sane values."""
     if (saved["stage"], saved["format_version"]) != (STAGE, FORMAT_VERSION):
         raise Stop("another script or version wrote it")
     check_values(saved["config"])
@@ -1268,15 +1268,15 @@ def check_checkpoint(saved: dict):
 
 
 def load_checkpoint(path: str) -> dict:
-    """This stage's checkpoint in a file or at an address, on the CPU. Stop if there is none, or it is damaged."""
+    """Load this stage's checkpoint from a file or an address, to the CPU. Stop if it is missing or damaged."""
     try:
         with urllib.request.urlopen(path, timeout=30) if "://" in path else open(path, "rb") as source:
             file = io.BytesIO(source.read())  # read once, checked, then loaded
         archive = zipfile.ZipFile(file)
         parts = archive.infolist()
-        packed = any(part.compress_type or part.external_attr for part in parts)  # none of ours
+        packed = any(part.compress_type or part.external_attr for part in parts)  # ours never do
         too_large = sum(part.file_size for part in parts) > len(file.getbuffer())
-        if packed or too_large or archive.testzip():  # torch.load takes damaged numbers as they are
+        if packed or too_large or archive.testzip():  # torch.load does not notice damaged numbers
             raise ValueError
         file.seek(0)
         saved = torch.load(file, map_location="cpu", weights_only=True)  # so that it cannot run code
@@ -1294,20 +1294,20 @@ def load_checkpoint(path: str) -> dict:
 # ------------------------------------------------------------------------------------------------ files
 @contextlib.contextmanager
 def replacing(path):
-    """A new file that takes the place of the one at the path once it is whole: a kill leaves one or the other."""
+    """A new file that replaces the one at the path once it is complete: a kill leaves the old one or the new one."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # on the disk, not only on its way there
-        os.replace(temporary, path)  # at once: nobody sees half a file
+            os.fsync(file.fileno())  # on the disk, not just in a buffer
+        os.replace(temporary, path)  # atomic: no reader ever sees a partial file
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def keep_previous(path: Path):
-    """Rename what stands at the path: nothing is ever overwritten."""
+    """Rename what is at the path: nothing is ever overwritten."""
     new = path.with_name(f"{path.name}.previous-{time.strftime('%Y%m%d-%H%M%S')}")
     while new.exists():
         new = new.with_name(new.name + "+")
@@ -1324,14 +1324,14 @@ def is_run(folder: Path) -> bool:
 
 
 def check_targets(config: Config):
-    """Stop unless the run may write where it is told to. Leaves no trace."""
+    """Stop unless the run may write where it is told to. Changes nothing."""
     names = ["run_dir", "save_path", "output"]
     folder, best, text = (Path(name).resolve() for name in (config.run_dir, config.save_path, config.input))
     for name in names[2 if config.sample_only else 1 if config.resume else 0:]:
         path = Path(getattr(config, name)).resolve()
         parent = next((parent for parent in path.parents if parent.exists()), path)
         if name == "run_dir":
-            reason = "it is no folder of a run, or it holds the text or the current folder"
+            reason = "it is not a run's folder, or it contains the text or the current folder"
             ours = all(re.match(r"output$|sample\.txt|.*\.tmp$", part.name) for part in path.rglob("*")) or is_run(path)
             bad = path.exists() and not (path.is_dir() and ours)
             bad = bad or text.is_relative_to(path) or Path.cwd().is_relative_to(path)
@@ -1347,7 +1347,7 @@ def check_targets(config: Config):
 
 @contextlib.contextmanager
 def run_folder(config: Config, facts: dict):
-    """The run's folder, for this process alone. What an earlier run left there is kept under another name."""
+    """Lock the run's folder for this process. An earlier run's folder is kept under another name."""
     folder, best = Path(config.run_dir).resolve(), Path(config.save_path).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
@@ -1382,12 +1382,12 @@ def run_folder(config: Config, facts: dict):
 
 
 def save(best: bool, checkpoint: dict, facts: dict):
-    """Write a checkpoint as the last one and, if so, as the best; then the report. Stop if a number is NaN."""
+    """Write a checkpoint as the last one and, if it is, as the best; then the report. Stop if a number is NaN."""
     config, history = checkpoint["config"], checkpoint["history"]
     if not is_finite(checkpoint):
         raise Stop(NAN, 1)
     paths = [config["save_path"], f"{config['run_dir']}/model_best.pt"] if best else []
-    paths = dict.fromkeys([*paths, f"{config['run_dir']}/model_last.pt"])  # the one to continue from last
+    paths = dict.fromkeys([*paths, f"{config['run_dir']}/model_last.pt"])  # model_last.pt comes last
     for path in paths if RANK == 0 else ():
         with replacing(path) as file:
             torch.save(checkpoint | dict(corpus_sha256=facts["corpus_sha256"]), file)
@@ -1395,13 +1395,13 @@ def save(best: bool, checkpoint: dict, facts: dict):
 
 
 def write_json(path: str, content: dict):
-    """Write a dictionary that a person can read."""
+    """Write a dictionary as readable JSON."""
     with replacing(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def write_report(folder: str, history: list[dict], facts: dict) -> dict:
-    """Write metrics, which are returned, and the plot of both losses: where they part, the model begins to memorize."""
+    """Write and return the metrics, and plot both losses: where they diverge, the model begins to memorize."""
     from matplotlib.figure import Figure  # here, as it takes a second to import
 
     last, best = history[-1], best_of(history)
@@ -1449,7 +1449,7 @@ KNOWN = {"alloc": MEMORY, "out of memory": MEMORY, "connection": "another proces
 
 
 def read_data(given: dict, saved: dict | None):
-    """(tokenizer, training tokens, validation tokens, what can be said of the text). The text itself is let go."""
+    """(tokenizer, training tokens, validation tokens, facts about the text). The text itself is not kept."""
     path = given.get("input", Config.input)
     text = "" if given.get("sample_only") else read_corpus(path)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
@@ -1459,7 +1459,7 @@ def read_data(given: dict, saved: dict | None):
     tokenizer = make_tokenizer(given, text, saved)
     train_text, val_text = split_corpus(text)
     train_ids = tokenizer.encode(train_text)
-    val_ids = torch.cat((train_ids[-1:], tokenizer.encode(val_text)))  # the first is only there to be read
+    val_ids = torch.cat((train_ids[-1:], tokenizer.encode(val_text)))  # the first is only context
     if not text:
         return tokenizer, train_ids, val_ids, {}
     facts = dict(tokenizer.describe(train_text, train_ids), characters=len(text), corpus_sha256=sha256)
@@ -1467,7 +1467,7 @@ def read_data(given: dict, saved: dict | None):
 
 
 def make_facts(config: Config, tokenizer, device: torch.device) -> dict:
-    """What can be said of a run before it starts. Stop if its parameters alone need more memory than there is."""
+    """Facts about a run before it starts. Stop if its parameters alone need more memory than there is."""
     with torch.device("meta"):  # shapes without memory
         model = GPTLanguageModel(config, tokenizer.vocab_size)
     params = sum(p.numel() for p in model.parameters())
@@ -1480,7 +1480,7 @@ def make_facts(config: Config, tokenizer, device: torch.device) -> dict:
 
 
 def load_source(given: dict) -> dict | None:
-    """The checkpoint to start from, if there is to be one."""
+    """The checkpoint to start from, if any."""
     folder = given.get("run_dir", Config.run_dir)
     if given.get("resume"):
         if given.get("load_url") or given.get("sample_only"):
@@ -1493,12 +1493,12 @@ def load_source(given: dict) -> dict | None:
 
 
 def run(given: dict) -> dict:
-    """Train, then sample; or only sample. All that can be wrong is found before anything is written. The metrics."""
+    """Train, then sample; or only sample. Bad input is found before anything is written. Returns the metrics."""
     saved = load_source(given)
-    given = inherit(given, saved)  # what a checkpoint says of options
+    given = inherit(given, saved)  # options from the checkpoint
     device = pick_device(given.get("device", "auto"))
     tokenizer, train_data, val_data, facts = read_data(given, saved)
-    tokenizer.encode(given.get("prompt", ""))  # does it know all of it?
+    tokenizer.encode(given.get("prompt", ""))  # Stop if a character is unknown
     config = make_config(given, device, len(train_data))
     check_targets(config)  # before anything is written
     if config.sample_only:
@@ -1523,7 +1523,7 @@ def run(given: dict) -> dict:
 
 
 def train_and_sample(config: Config, tokenizer, train_data, val_data, facts: dict, saved: dict | None, device) -> dict:
-    """A run, once its folder is open. Returns the metrics."""
+    """The run itself, inside its folder. Returns the metrics."""
     passes = config.max_iters * facts["tokens_per_step"] / len(train_data)
     say(f"{config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {passes:.1f} passes over the text")
     if config.resume and config.max_iters > saved["config"]["max_iters"]:
@@ -1541,7 +1541,7 @@ def train_and_sample(config: Config, tokenizer, train_data, val_data, facts: dic
     write_samples(model, tokenizer, config, best["context"])
     repeats = by_repetition(model, val_data, tokenizer, config, best["context"])
     if repeats["refrain_bpc"] is not None:
-        say("validation, bits per character: {refrain_bpc:.3f} in lines that stood shortly before "
+        say("validation, bits per character: {refrain_bpc:.3f} in lines that occurred shortly before "
             "({refrain_share:.1%}), {other_bpc:.3f} elsewhere".format(**repeats))
     return write_report(config.run_dir, history, facts | repeats)
 
@@ -1549,7 +1549,7 @@ def train_and_sample(config: Config, tokenizer, train_data, val_data, facts: dic
 def main(argv=None) -> dict:
     """Run with these arguments, by default the command line's. Returns what metrics.json holds."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8; a file that somebody watches
+        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8; a file being watched
             stream.reconfigure(errors="replace", line_buffering=True)
     try:
         if argv is None:

@@ -907,7 +907,7 @@ def test_a_process_that_is_not_told_where_the_others_are(made, tmp_path, monkeyp
     alone = dict(WORLD_SIZE="2", RANK="0")
     assert processes.finish(processes.start(script.__file__, argv + more, "out", environment=alone)) == 2
     line = Path("out").read_text("utf-8").splitlines()[-1]
-    assert line.startswith("error: the processes do not find each other (") and "MASTER_ADDR" in line and "torchrun" in line
+    assert line.startswith("error: the processes cannot find each other (") and "MASTER_ADDR" in line and "torchrun" in line
     assert os.listdir() == ["out"]
 
 
@@ -921,7 +921,7 @@ def test_processes_with_other_options_stop(made, tmp_path, monkeypatch):
     assert [processes.finish(child) for child in children] == [2, 2]
     for rank in range(2):
         (line,) = [line for line in Path(f"out{rank}").read_text("utf-8").splitlines() if not line.startswith("[")]
-        assert line == "error: the processes of this run have different texts or options: give all the same"
+        assert line == "error: the processes of this run have different texts or options: give them all the same"
     assert not Path("run").exists()
 
 
