@@ -1,10 +1,10 @@
-"""What a second busy program costs: a step of gpt.py's tiny, alone and beside one, as torch's threads wait.
+"""What a second busy program costs: a step of gpt.py's tiny, alone and beside one, by how torch's threads wait.
 
     python benchmarks/busy.py
 
-The threads of torch's GNU OpenMP spin while they wait for each other. Beside a second program one of them is not running, and
-the others spin for it: GOMP_SPINCOUNT says how long. The scripts set it to 1000. Each figure is a median over rounds, all four
-cases in turn, of what training_step.py measures in a fresh process. Times: beside the busy program, by alone.
+The threads of torch's GNU OpenMP spin while they wait for each other. Beside a second program one of them may not be
+running, and the others spin for it: GOMP_SPINCOUNT limits how long. The scripts set it to 1000. Each figure is a
+median over rounds, all four cases in turn, of what training_step.py measures in a fresh process. Times: beside / alone.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How fast the collector is without delay, and how much memory it takes, against the local server of the tests.
+"""How fast the collector is without a delay, and how much memory it takes, against the tests' local server.
 
 python benchmarks/collector.py                # writes benchmarks/logs/collector_bench.log, about three minutes
 """
@@ -37,7 +37,7 @@ def measure(songs: int, page_bytes: int) -> tuple[float, float]:
 
 
 def main():
-    """Print and log one line a measurement; the whole process counts, its start included."""
+    """Print and log one line for each measurement of a whole process, including its start."""
     LOG.parent.mkdir(parents=True, exist_ok=True)
     with open(LOG, "w", encoding="utf-8") as file:
         lines = [f"{time.strftime('%Y-%m-%d')} Python {platform.python_version()}, {os.cpu_count()} CPU cores"]

@@ -4,10 +4,10 @@
     python benchmarks/generate.py --batch 32 [--run_dir assets/char_model]
 
 gpt.py's `generate` at base size (6 layers, 384 wide, context 256, random weights) on the CPU, one row, against a loop that
-reads the context again for each token with the same model and the same drawing. By turns, a hundred tokens each.
+rereads the context for each token, with the same model and sampling. They take turns, a hundred tokens each.
 
---batch: as many rows at a time against one row, by turns, at tiny size (random weights) or with a run's best model; and how
-many rows of the batch are not what is drawn alone with the same generator, since sums are rounded in another order.
+--batch N: N rows at a time against one row, in turns, at tiny size (random weights) or with a run's best model; and
+how many rows differ from the same row generated alone with the same generator, because rounding differs.
 """
 
 import argparse
@@ -25,13 +25,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpt  # noqa: E402
 
-CHUNK = 100  # tokens of a turn
+CHUNK = 100  # tokens in a turn
 SHAPE = dict(n_layer=6, n_head=6, n_embd=384, block_size=256)
 
 
 @torch.inference_mode()
 def generate_without_cache(model, idx, max_new_tokens, context, *how):
-    """Yield tokens as gpt.generate does, each from a fresh look at the whole context."""
+    """Yield tokens as gpt.generate does, but reread the whole context for each."""
     model.eval()
     none = model.lm_head.out_features
     for _ in range(max_new_tokens):
@@ -59,7 +59,7 @@ def load(run_dir):
 
 @contextlib.contextmanager
 def own_generators(rows):
-    """Let gpt.py draw each row with a generator of its own: it then draws the same in any company."""
+    """Let gpt.py draw each row with its own generator, so that a row does not depend on the others."""
     draw, generators = gpt.draw_token, [torch.Generator().manual_seed(row) for row in rows]
     gpt.draw_token = lambda logits, *how: torch.cat(
         [draw(row[None], *how[:3], generator) for row, generator in zip(logits, generators)])
@@ -70,7 +70,7 @@ def own_generators(rows):
 
 
 def compare_batch(args):
-    """Print the rates of a batch and of one row, their ratio, and how many rows part."""
+    """Print the rates of a batch and of one row, their ratio, and how many rows differ."""
     model, context, start = load(args.run_dir)
     how = args.tokens, context, 0.8, 0, 0.95
     streams = {rows: gpt.generate(model, start.expand(rows, -1), *how) for rows in (1, args.batch)}
@@ -102,7 +102,7 @@ def main(argv=None):
     """Print both rates and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=0, help="compare so many rows at a time with one row")
+    parser.add_argument("--batch", type=int, default=0, help="compare this many rows at a time with one row")
     parser.add_argument("--run_dir", default="", help="with --batch: the run of gpt.py whose best model writes")
     args = parser.parse_args(argv)
     print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32")

@@ -1,12 +1,12 @@
-"""What a GPU makes of gpt.py: training steps, the race of the recipes, generation. benchmarks/gpu.sh runs it in 8 minutes.
+"""How fast gpt.py is on a GPU: training steps, the race of the recipes, generation. benchmarks/gpu.sh runs it in 8 minutes.
 
     python benchmarks/gpu.py --input assets/input/input2.txt
     python benchmarks/gpu.py --device cpu --size tiny --seconds 1 --race 30 --tokens 40     # a rehearsal without a GPU
 
-Steps: tokens a second, by model flops the share of the card's own bfloat16 rate (measured here, 4096 x 4096), peak memory;
-attention by hand and torch's fused one, float16 and bfloat16, eager and compiled. Race: classic trains --race steps, what
-counts is when it was best; modern trains its default number of steps, as it is and with rows that grow, then twice as
-many: when is it as good? Generation: one row and 64, the best of three. All at --size (base).
+Steps: tokens per second, model flops as a share of the card's own bfloat16 rate (measured here, 4096 x 4096), peak
+memory; attention by hand and torch's fused one, float16 and bfloat16, eager and compiled. Race: classic trains for --race
+steps; modern for its default number of steps, with and without rows that grow, then for twice as many: when is it as
+good as classic at its best? Generation: one row and 64, the best of three. All at --size (base).
 """
 
 import argparse
@@ -40,13 +40,13 @@ def fused_attention(self, x, mask, rope=None, cache=None):
 
 
 def wait(device: str):
-    """A GPU works behind our back: wait until all is done."""
+    """A GPU works asynchronously: wait until it has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def per_second(work, device: str, seconds: float) -> float:
-    """How often a second `work` runs, after a few rounds that do not count (allocation, compilation)."""
+    """How many times per second `work` runs, after a few rounds that do not count (allocation, compilation)."""
     for _ in range(3):
         work()
     wait(device)
@@ -60,12 +60,12 @@ def per_second(work, device: str, seconds: float) -> float:
 
 
 def prepare(args, **options):
-    """(settings, model, the text): all that a training step takes."""
+    """(settings, model, the text): all that a training step needs."""
     device = torch.device(args.device)
     text = gpt.read_corpus(args.input)
     tokenizer = gpt.make_tokenizer({}, text, None)
     ids = tokenizer.encode(text)
-    config = gpt.make_config(dict(options, size=args.size, max_iters=10**6), device, len(ids))  # more than will be timed
+    config = gpt.make_config(dict(options, size=args.size, max_iters=10**6), device, len(ids))  # more steps than are timed
     data = gpt.with_recall(ids, config, tokenizer)
     torch.manual_seed(config.seed)
     return config, gpt.GPTLanguageModel(config, tokenizer.vocab_size).to(device), data
@@ -107,7 +107,7 @@ def steps(args, rate: float):
 
 
 def race(args):
-    """Print when classic was best, and when modern was as good."""
+    """Print when classic was at its best, and when modern was as good."""
     def history(folder, **options):
         run_dir = Path(folder, "run")
         given = dict(options, input=args.input, device=args.device, size=args.size, run_dir=str(run_dir), patience=0,
@@ -159,7 +159,7 @@ def main(argv=None):
         parser.add_argument(f"--{name}", default=default, type=type(default), help=f"{help} (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU here; --device cpu --size tiny rehearses")
+        parser.error("no GPU here; rehearse with --device cpu --size tiny")
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     a = torch.randn(2, 4096 if args.device == "cuda" else 512, 4096, device=args.device, dtype=torch.bfloat16)
     rate = 2 * a.size(1) ** 2 * 4096 * per_second(lambda: a[0] @ a[1].mT, args.device, args.seconds)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that is measured on a GPU, in under 8 minutes; the output is kept in benchmarks/logs/gpu.log. Options: see gpu.py.
+# All GPU measurements, in under 8 minutes; the output is kept in benchmarks/logs/gpu.log. Options: see gpu.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p benchmarks/logs

@@ -2,8 +2,8 @@
 
     python benchmarks/large_corpus.py --input assets/input/input2.txt
 
-Each script runs as a user runs it, for one step, on the small text and on the large one: what the large one takes more,
-divided by its characters, is the memory per character. Unix only: that is where the system counts a child's memory.
+Each script runs as a user runs it, for one step, on the small text and on the large one: the extra memory, divided by
+the characters of the large one, is the memory per character. Unix only: only there is a child's memory counted.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Polish text from two Debian packages as one corpus file: what transfer.py pre-trains on.
+"""Make one corpus file of Polish text from two Debian packages, for transfer.py to pre-train on.
 
     apt-get download fortunes-pl php-faker && for f in *.deb; do dpkg -x $f packages; done
     python benchmarks/prose.py packages prose.txt [--tokenizer 32000]
 
 fortunes-pl: quotations and jokes of mixed origin, colloquial; php-faker: Bruno Schulz, *Sklepy cynamonowe*. Neither is part of
-this project. --tokenizer N also trains a BPE of N entries on the text (prose.json): a Polish tokenizer, made without the
+this project. --tokenizer N also trains a BPE of N entries on the text (prose.json): a Polish tokenizer, trained without the
 lyrics, which `gpt_tiktoken.py --tokenizer polish --tokenizer_path prose.json` takes.
 """
 
@@ -27,7 +27,7 @@ def decode(raw: bytes) -> str:
 
 
 def fortunes(folder: Path) -> list[str]:
-    """The fortunes of all files; a line with a percent sign ends each."""
+    """The fortunes of all files; each ends at a line with a percent sign."""
     files = [path for path in sorted(folder.glob("*")) if path.is_file() and path.suffix not in (".dat", ".u8")]
     return [text for path in files for text in re.split(r"^%.*$", decode(path.read_bytes()), flags=re.MULTILINE)]
 

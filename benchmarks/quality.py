@@ -1,12 +1,12 @@
-"""How few bits a character in half an hour: modern against classic at the best of three widths and three rates.
+"""How few bits per character half an hour yields: modern against classic at the best of three widths and rates.
 
     python benchmarks/quality.py --input FILE --minutes 3 --out FOLDER             # all runs: a screening
     python benchmarks/quality.py --input FILE --minutes 30 --out FOLDER --runs classic_256_0.001 modern_2115
 
-A run gets as many steps as fit into the minutes, at a speed measured before, and is evaluated 20 times: its best counts.
-modern is planned for 5,000 or 8,000 at most: its rate decays to the end, and a longer plan memorizes the text before
-(LOG.md). --jobs 2 trains two at a time, each on its share of the cores. What is finished in FOLDER is not trained again;
-what was stopped continues. Figures: benchmarks/README.md.
+A run gets as many steps as fit into the minutes, at a speed measured first, and is evaluated 20 times; its best counts.
+modern is planned for 5,000 or 8,000 steps at most: its rate decays to the end, and a longer plan memorizes the text
+first (LOG.md). --jobs 2 trains two at a time, each on its share of the cores. Finished runs in FOLDER are not trained
+again; stopped ones continue. Figures: benchmarks/README.md.
 """
 
 import argparse
@@ -28,7 +28,7 @@ CLASSIC = {f"classic_{width}_{rate:g}": dict(SHAPE, recipe="classic", n_embd=wid
 LONG = dict(n_layer=8, dropout=0.2, learning_rate=3e-3, max_iters=5000, compile=True)
 MODERN = {f"modern_{seed}": dict(LONG, seed=seed) for seed in (2115, 2116)}
 BPE = dict(tokenizer="custom", vocab_size=500)
-PROBE = dict(max_iters=150, eval_interval=5, eval_iters=1)  # a short run that tells how long a step takes
+PROBE = dict(max_iters=150, eval_interval=5, eval_iters=1)  # a short run to measure how long a step takes
 RUNS = {name: ("gpt.py", options) for name, options in (CLASSIC | MODERN).items()}
 RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", options | BPE) for name, options in CLASSIC.items()}
 RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", options | BPE | dict(grow=3, dropout=0.25, max_iters=8000))
@@ -36,7 +36,7 @@ RUNS |= {f"bpe_{name}": ("gpt_tiktoken.py", options | BPE | dict(grow=3, dropout
 
 
 def call(script: str, threads: int, **options) -> dict:
-    """Run a stage on the CPU; what its metrics.json says."""
+    """Run a stage on the CPU. Returns its metrics.json."""
     options |= dict(size="tiny", device="cpu", sample_interval=0, patience=0, max_new_tokens=1)
     words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
     subprocess.run([sys.executable, ROOT / script, *words], check=True, stdout=subprocess.DEVNULL,
@@ -45,12 +45,12 @@ def call(script: str, threads: int, **options) -> dict:
 
 
 def read_history(folder: Path) -> list[dict]:
-    """What a run has logged, a dict for each evaluation."""
+    """A run's log, a dict for each evaluation."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def row(name: str, args) -> str:
-    """Train this run to its end; its row of the table."""
+    """Train this run to its end. Returns its row of the table."""
     try:
         return train(name, args)
     except subprocess.CalledProcessError as e:
@@ -58,16 +58,16 @@ def row(name: str, args) -> str:
 
 
 def train(name: str, args) -> str:
-    """What row() says of a run that came to its end."""
+    """The row of a run that finished."""
     (script, options), folder, threads = RUNS[name], Path(args.out, name), max(1, (os.cpu_count() or 1) // args.jobs)
     options = dict(options, input=args.input)
     longest = options.pop("max_iters", math.inf)
-    if (folder / "model_last.pt").exists():  # of a finished run, too: it is read, and nothing is left to do
+    if (folder / "model_last.pt").exists():  # a finished run is only read
         metrics = call(script, threads, run_dir=folder, input=args.input, resume=True)
     else:
         call(script, threads, **options, run_dir=f"{args.out}/probe/{name}", **PROBE)
         seen = [record["seconds"] for record in read_history(Path(args.out, "probe", name))]  # every five steps
-        times = sorted(after - before for before, after in itertools.pairwise(seen))[:-4]  # in the others --compile is at work
+        times = sorted(after - before for before, after in itertools.pairwise(seen))[:-4]  # without the steps that --compile delays
         seconds = statistics.mean(times) / 5
         steps = min(longest, max(1, int(60 * args.minutes / seconds)))
         metrics = call(script, threads, **options, run_dir=folder, max_iters=steps, eval_interval=math.ceil(steps / 20))
@@ -80,7 +80,7 @@ def train(name: str, args) -> str:
 
 
 def main(argv=None):
-    """Train, and print a row for each run as soon as it is there."""
+    """Train, and print a row for each run as soon as it is ready."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", default=str(ROOT / "assets/input/input2.txt"), help="the text (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=30, help="training time of each run (default: %(default)s)")

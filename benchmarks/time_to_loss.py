@@ -5,8 +5,8 @@
 Peer: a plain loop with those settings: 4 layers, 4 heads, 128 wide, context 64, batch 12, no dropout, GELU, LayerNorm
 without biases, tied head, scaled_dot_product_attention, fused AdamW (0.9, 0.99), float32, 1e-3 to 1e-4 (cosine, warm-up
 100), weight decay 0.1, clip 1.0, 2,000 steps. Its full-validation loss at the end is the target.
-Ours: gpt.py's own model and loop with OURS, no more than 5 % more parameters, the same text and split; the time until
-its full-validation loss is at or under the target. Both are validated on the same characters in consecutive windows, each
+Ours: gpt.py's own model and loop with OURS, at most 5 % more parameters, the same text and split; the time until its
+full-validation loss is at or below the target. Both are validated on the same characters in consecutive windows, each
 with its own context. Training time only, in turn, medians over the seeds.
 """
 
@@ -69,7 +69,7 @@ class Peer(nn.Module):
         self.tokens.weight = self.lm_head.weight
 
     def forward(self, idx, recalled=None):
-        """Logits (B, T, vocab_size); the peer does not know what to do with what is recalled."""
+        """Logits (B, T, vocab_size); the peer ignores what is recalled."""
         x = self.tokens(idx) + self.positions.weight[:idx.size(1)]
         return self.lm_head(self.norm(self.blocks(x)))
 

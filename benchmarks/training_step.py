@@ -3,8 +3,8 @@
     python benchmarks/training_step.py                # tiny and base of both scripts, as they run on this machine
     python benchmarks/training_step.py --only tiny
 
-Each row is a process of its own, on random tokens. Share: the step's model flops (6 for each weight of a matrix and token,
-12 * layers * width * context for attention, no optimizer), by its time, by the rate of the same machine's matrix product
+Each row is a process of its own, on random tokens. Share: the step's model flops (per token 6 for each matrix weight and
+12 * layers * width * context for attention; no optimizer), divided by its time and by the machine's matrix product rate,
 measured in the same process just before and after. Memory: the largest resident size less that before the model was made.
 plain: gpt_tiktoken.py with cross_entropy(lm_head(x)) instead of its sliced loss.
 """
@@ -105,7 +105,7 @@ def measure_alone(name: str, steps: int) -> dict:
 def main(argv=None):
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help="the first is not counted (default: 12 of tiny, 3 of base)")
     args = parser.parse_args(argv)

@@ -1,12 +1,12 @@
-"""Does it pay to read other Polish first? Fine-tuning against training from scratch, on little and on more text.
+"""Does it pay off to read other Polish text first? Fine-tuning against training from scratch, on little and more text.
 
     python benchmarks/transfer.py --prose PROSE.txt --input TEXT.txt --out FOLDER
 
 1. gpt_tiktoken.py trains a model with a BPE of its own on the prose, tools/export_hf.py exports it (done once, then found
    in FOLDER).
 2. For the first 20,000, 40,000, 80,000 and all characters of the text's training part: gpt_hf.py fine-tunes that model, and
-   gpt_tiktoken.py trains from scratch with each of the vocabularies of SCRATCH, early stop, the best of them counts.
-All are validated on the last tenth of the text. A run that is in FOLDER already is not made again.
+   gpt_tiktoken.py trains from scratch with each vocabulary in SCRATCH, with early stopping; the best of them counts.
+All are validated on the last tenth of the text. Runs that are already in FOLDER are not repeated.
 """
 
 import argparse

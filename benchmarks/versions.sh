@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The fast tests with the lowest versions that requirements.txt allows, then with the newest that there are: bash benchmarks/versions.sh
-# Needs uv (pip install uv) and room for two torches with CUDA, 12 GB; prints the versions and what pytest says of each.
+# The fast tests with the lowest versions that requirements.txt allows, then with the newest: bash benchmarks/versions.sh
+# Needs uv (pip install uv) and room for two torches with CUDA, 12 GB; prints the versions and pytest's summary for each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 names=$(sed -nE 's/^([a-z]+).*/\1/p' requirements.txt | paste -sd '|')

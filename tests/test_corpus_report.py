@@ -399,7 +399,7 @@ def test_one_screen_answers_before_training(tmp_path, capsys):
     questions = [line[:12].strip() for line in out.splitlines()[1:] if line[0] != " "]
     assert questions == ["the text", "enough?", "time", "vocabulary", "songs", "lines", "junk", "repeats"]
     flat = " ".join(out.split())
-    assert "too little" in flat and "9, " in flat and "3 with [headers]" in flat and "6 songs are there twice" in flat
+    assert "too little" in flat and "9, " in flat and "3 with [headers]" in flat and "6 songs occur twice" in flat
     assert "gpt.py on two cores: 100 steps" in flat and "100 steps of tiny" in flat
     assert "characters (gpt.py): no vocabulary" in flat and "none that this program knows" in flat
 

@@ -4,14 +4,14 @@
     python tools/compare_stages.py --run --input assets/input/input2.txt --minutes 3   # trains them all first
     python tools/compare_stages.py --run --polish FOLDER --hf MODEL    # with a Polish tokenizer, and stage 3
 
-Writes comparison.md and three pictures to assets/results (--out), and in a folder for each run its metrics, plot and some
-of its samples. Each run's best model writes 64 texts (--texts) of 2,000 characters, about a song, in batches, each from the
-start of a song; they are kept in RUN_DIR/samples.json: as long as the run stays the same, a second call needs no model.
---run trains each model in --runs/NAME for about --minutes of training steps (evaluations come on top), stages 1 and 2 for
-at most as many passes over the text as they make by default: a longer plan memorizes it; the long fine-tuning may take five
-times as long. It skips what is finished; stopped or killed, the same command continues. --readme FILE puts the new tables
-and samples between the marks <!-- NAME --> and <!-- /NAME --> of a file. morfeusz2 and pyppmd (requirements-dev.txt) tell
-real words and make a yardstick; without them these are left out.
+Writes comparison.md and three pictures to assets/results (--out), and in a folder for each run its metrics, plot and
+some of its samples. Each run's best model writes 64 texts (--texts) of 2,000 characters, about a song, in batches,
+each from the start of a song. They are kept in RUN_DIR/samples.json: while the run is unchanged, a second call needs
+no model. --run trains each model in --runs/NAME for about --minutes of training steps (evaluations are extra), stages
+1 and 2 for at most as many passes over the text as they make by default, as a longer run memorizes it; the long
+fine-tuning may take five times as long. Finished runs are skipped; after a stop or a kill, the same command
+continues. --readme FILE puts the new tables and samples between the marks <!-- NAME --> and <!-- /NAME --> of a file.
+morfeusz2 and pyppmd (requirements-dev.txt) recognize real words and give a yardstick; without them both are left out.
 """
 
 import argparse
@@ -67,21 +67,22 @@ CLAIMS = (  # claim, kind it speaks of, kinds it compares with, measures: +1 if 
     ("Transfer brings meaning (here: real words and a better guess)", "hf", ("char", *BPE), {"val_bpc": -1, "real": 1}),
     ("A few epochs of fine-tuning speak prose, many copy", "hf, long", ("hf, short",),
      {"copied": 1, "syllable_distance": -1}))
-# The least lead that is worth a claim. One that is surely smaller is none.
+# The smallest lead that supports a claim. A lead that is surely smaller does not.
 WORTH = dict(real=1.0, rhyming=1.0, copied=1.0, syllable_distance=0.1, char_distance=0.3)
-BPC_NOISE = 0.02  # bits per character by which runs of other seeds differ
+BPC_NOISE = 0.02  # bits per character by which runs with different seeds differ
 NOTES = f"""**How it was measured.** Each run's best model (*last*: its last one) wrote {{texts}} texts of {LENGTH:,}
-characters, each from the start of a song, with temperature {DRAW["temperature"]} and top-p {DRAW["top_p"]}; the validation
-text is cut into as long ones. In parentheses: 95 % intervals by bootstrap over the texts. *Density*: how often an entry of
-the vocabulary is seen in a pass over the training text, on average. *Bits/char*: bits per character of the validation text,
-less is better. *Real words*: known to Morfeusz2. *Rhyming*: with a line at most four before or after it, from the vowel
-before the last one on; *assonance*: the last two vowels. *Shuffled*: the same lines in any order, which is chance.
-*Syllables between neighbours*: by how many two lines that follow each other in a verse differ. *Distance*: Wasserstein-1,
-from the training text's lines; 0 is alike. *Repeated*: the line stands earlier in the same song. *Copied*: stands in the
-training text, whatever case and marks. *Letters by bigrams*: each letter drawn by the one before it."""
-YARDSTICKS = """**Yardsticks.** Kneser-Ney counts which character followed the last five; it stays as it was after the
-training text, as a model does. PPMd and xz compress: their figure is what the validation text adds to the training text's
-size. They keep learning from the validation text while they read it, which a trained model may not."""
+characters, each from the start of a song, with temperature {DRAW["temperature"]} and top-p {DRAW["top_p"]}; the
+validation text is cut into pieces of that length. In parentheses: 95 % bootstrap intervals over the texts. *Density*:
+how often an entry of the vocabulary is seen in a pass over the training text, on average. *Bits/char*: bits per
+character of the validation text, lower is better. *Real words*: known to Morfeusz2. *Rhyming*: with a line at most
+four before or after it, from the vowel before the last one on; *assonance*: the last two vowels. *Shuffled*: the same
+lines in random order, which is chance. *Syllables between neighbours*: by how many two lines that follow each other
+in a verse differ. *Distance*: Wasserstein-1, from the training text's lines; 0 is alike. *Repeated*: the line occurs
+earlier in the same song. *Copied*: occurs in the training text, ignoring case and punctuation. *Letters by bigrams*:
+each letter drawn by the one before it."""
+YARDSTICKS = """**Yardsticks.** Kneser-Ney counts which character followed the last five; it does not change after the
+training text, like a model. PPMd and xz compress: their figure is what the validation text adds to the size
+of the training text. They keep learning from the validation text while they read it, which a trained model may not."""
 VERDICTS = """A claim *holds* if the whole interval of each lead, over the strongest rival, lies above zero; it *does not hold*
 if one lies below what is worth a claim ({}); else it is *undecided*, with the number of texts that would decide it. Bits per
 character have no texts: there a lead must exceed {} bits, by which seeds differ."""
@@ -126,8 +127,8 @@ def read_setup(folder: Path) -> dict:
 
 
 def read_run(folder: str) -> list[Run]:
-    """The run in a folder, and if its last model is a worse guess than its best by a tenth of a bit, that as a second one:
-    it has memorized. A run that is not there, or not finished, exits 2."""
+    """The run in a folder; if its last model is worse than its best by a tenth of a bit, that one as a second run: it
+    has memorized. A missing or unfinished run exits 2."""
     path = Path(folder)
     metrics, setup = read_json(path / "metrics.json"), read_setup(path)
     training = metrics.get("stage") == "hf" and "copy_rate" not in metrics  # stage 3 writes that when all is done
@@ -155,12 +156,12 @@ def read_parts(runs: list[Run], path: str) -> tuple[str, str]:
     text = gpt.read_corpus(path)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     if others := [run.folder for run in runs if run.sha256 != sha256]:
-        corpus.fail(f"{others[0]} did not learn from {path} as it is now: compare runs of one text, and name it with --input")
+        corpus.fail(f"{others[0]} did not learn from {path} as it is now: compare runs of one text, named with --input")
     return gpt.split_corpus(text)
 
 
 def excerpts(text: str) -> list[str]:
-    """Parts of a text that are as long as a sample: from each song's start on, where there are songs, else from a line's."""
+    """Parts of a text as long as a sample, each from the start of a song or, if there are none, of a line."""
     starts = [0, *(match.end() for match in re.finditer(re.escape(SEPARATOR), text))]
     if len(starts) < 5:
         count = max(1, len(text) // LENGTH)
@@ -177,8 +178,8 @@ def excerpts(text: str) -> list[str]:
 # --- what they write ----------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def quick_draws(script):
-    """Let a script draw from the likeliest FEW tokens where these make up top_p, with the same probabilities: to sort 50,257
-    entries takes 8 milliseconds for each row, several times as long as the model."""
+    """Let a script draw from the FEW likeliest tokens where these make up top_p, with the same probabilities: sorting
+    50,257 entries takes 8 milliseconds a row, several times as long as the model."""
     import torch
     from_all = script.draw_token
 
@@ -225,8 +226,9 @@ def write(run: Run, count: int) -> Iterator[str]:
 
 
 def write_songs(script, base, config, count: int) -> list[str]:
-    """One song of stage 3's model a row, in one batch, each up to its end or to config.max_new_tokens. As in sample_text,
-    when the context is full its last half is read again; a row whose song has ended leaves the batch."""
+    """Songs by stage 3's model in one batch, one a row, each up to its end or to config.max_new_tokens.
+
+    As in sample_text, when the context is full, its last half is read again; a finished row leaves the batch."""
     import torch
     base.model.generation_config = script.sampling_settings(config, base.end)
     songs: list[list[int]] = [[] for _ in range(count)]
@@ -267,7 +269,7 @@ def write_tuned(run: Run, count: int) -> Iterator[str]:
 
 
 def samples(run: Run, count: int) -> list[str]:
-    """What the run's model writes, from RUN_DIR/samples.json if that is of this very run."""
+    """What the run's model writes, from RUN_DIR/samples.json if that belongs to this very run."""
     path = run.folder / ("samples_last.json" if run.last else "samples.json")
     key = dict(metrics=hashlib.sha256((run.folder / "metrics.json").read_bytes()).hexdigest(), length=LENGTH, **DRAW)
     kept = read_json(path)
@@ -314,9 +316,9 @@ def call(plan, **options) -> dict:
 
 
 def probe(plan) -> tuple[float, float]:
-    """(seconds a training step takes here, steps that make the passes over the text which the script would make itself).
+    """(seconds a training step takes here, steps in as many passes over the text as the script makes by default).
 
-    By a short run in a folder that is thrown away. Rows grow there, too: the mean of all but the first steps.
+    Measured by a short run in a temporary folder. Rows grow there, too: the mean of all but the first steps.
     """
     short = dict(max_iters=60, eval_interval=4, eval_iters=1, sample_interval=0)
     if plan.hf:
@@ -333,7 +335,7 @@ def probe(plan) -> tuple[float, float]:
 
 
 def train(plan, minutes: float) -> list[str]:
-    """Train for about that many minutes, or continue a run that was stopped. The folder; [] if the model can't be had here."""
+    """Train for about that many minutes, or continue a stopped run. The folder; [] if the model is unavailable."""
     metrics, options = read_json(plan.folder / "metrics.json"), read_setup(plan.folder).get("options", {})
     started = bool(options) if plan.hf else (plan.folder / "model_last.pt").exists()
     try:
@@ -380,7 +382,7 @@ def kinds(runs: list[Run]) -> dict[str, list[Run]]:
 
 def judge(ours: Run, others: list[Run], name: str, sign: int) -> tuple[str, float, str]:
     """(verdict, texts that would decide it, figures) of one measure: has ours more (sign +1) or less (-1) of it than every
-    other run? Of 3.1 against 2.5 and 2.7 the lead is 0.4, that over the strongest rival."""
+    other run? The lead of 3.1 over 2.5 and 2.7 is 0.4, that over the strongest rival."""
     others = [run for run in others if run.values.get(name) is not None]
     if not others or ours.values.get(name) is None:
         return "", 0, ""
@@ -444,7 +446,7 @@ def opening(run: Run, lines: int) -> str:
 
 
 def short_row(run: Run) -> list[str]:
-    """A row of the README's table: rhymes beside what the same lines make by chance."""
+    """A row of the README's table: rhymes, then what the same lines have by chance."""
     cells = [run.name, *(cell(run, name) for name in SHORT)]
     if cells[-1] != "–":
         cells[-1] += f", {cell(run, 'rhyming_chance')}"
@@ -510,7 +512,7 @@ def parse_args(argv):
             ("minutes", 3.0, "training time of each model (default: %(default)s)"),
             ("size", "auto", "auto, tiny or base: of the models made from scratch"),
             ("polish", "", "also train on the Polish tokenizer in this file or folder"),
-            ("hf", "", "also fine-tune this model: a Hub name or a folder; a few epochs, and many or what the minutes allow"),
+            ("hf", "", "also fine-tune this model: a Hub name or a folder; for few and for many epochs, as time allows"),
             ("hf_rate", 1e-4, "learning rate of the fine-tuning (default: %(default)s)"),
             ("texts", 64, "texts that each model writes (default: %(default)s)"),
             ("readme", "", "also put the tables and samples between the marks in this file")):

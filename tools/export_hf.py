@@ -4,7 +4,7 @@
     python gpt_hf.py --model_name assets/exported                      # fine-tune it, on other text
 
 AutoModelForCausalLM and AutoTokenizer read the folder (Qwen3ForCausalLM). It appears once it is whole; an
-earlier export of that name is renamed to FOLDER.previous-<time>; a folder with any other file is left alone.
+earlier export of that name is renamed to FOLDER.previous-<time>; a folder with any other files is left alone.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpt_tiktoken import END_TEXT, BPETokenizer, Config, GPTLanguageModel, Stop, keep_previous, load_checkpoint  # noqa: E402
 
-MARK = "export.json"  # the file that tells a folder of ours from all others
+MARK = "export.json"  # the file that marks a folder as our export
 
 
 def centred(weight: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -31,9 +31,9 @@ def centred(weight: torch.Tensor, dim: int = 0) -> torch.Tensor:
 def translate_block(block) -> dict[str, torch.Tensor]:
     """The weights of a block under the names of a Qwen3 layer.
 
-    Qwen3 norms by the root mean square, we by the standard deviation: both agree where the mean is 0. So the
-    mean is taken out of all that is added to the residual stream, and out of queries and keys; no figure that
-    leaves the model changes.
+    Qwen3 normalizes by the root mean square, we by the standard deviation: they agree where the mean is 0. So
+    the mean is removed from all that is added to the residual stream, and from queries and keys; the logits do
+    not change.
     """
     attention, feed_forward = block.attention, block.feed_forward
     query, key = (
@@ -104,23 +104,23 @@ def check_target(folder: Path, source: Path):
     except (OSError, ValueError, LookupError, TypeError):
         ours = set()
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= ours):
-        raise Stop(f"{folder} exists and is no earlier export, or holds other files, too: choose another folder")
+        raise Stop(f"{folder} exists and is not an earlier export, or holds other files, too: choose another folder")
     if any(place.is_relative_to(folder) for place in (Path.cwd(), source)):
         raise Stop(f"{folder} is in use: choose another folder")
 
 
 def export(source: str, target: str):
-    """Export the best model of a run, or the one in a .pt file. Stop if there is none, or it has no such form."""
+    """Export the best model of a run, or the one in a .pt file. Stop if there is none, or it cannot be exported."""
     path, folder = Path(source).resolve(), Path(target).resolve()
     path = path / "model_best.pt" if path.is_dir() else path
     check_target(folder, path)
     saved = load_checkpoint(str(path))
     if saved["config"]["recipe"] == "classic":
-        raise Stop("no Hugging Face class holds classic's head bias: train with --recipe modern")
+        raise Stop("no Hugging Face class has classic's head bias: train with --recipe modern")
     if saved["config"]["recall"]:
-        raise Stop('no Hugging Face class recalls: train with --recall ""')
+        raise Stop('no Hugging Face class has recall: train with --recall ""')
     if saved["tokenizer"]["keep"] is not None:
-        raise Stop("no tokenizer file holds a pruned vocabulary: train without --prune_vocab")
+        raise Stop("no tokenizer file can store a pruned vocabulary: train without --prune_vocab")
     parent = next(parent for parent in folder.parents if parent.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{folder.name}.") as temporary:
         whole = Path(temporary, folder.name)
@@ -135,7 +135,7 @@ def export(source: str, target: str):
 
 
 def main(argv: list[str] | None = None):
-    """Run with these arguments, by default the command line's. What goes wrong is one line, status 2 or 1."""
+    """Run with these arguments, by default the command line's. A failure is one line, status 2 or 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="RUN", help="folder of a run of gpt_tiktoken.py, or a checkpoint of it")
     parser.add_argument("target", metavar="FOLDER", help="folder to write")

@@ -1,8 +1,8 @@
-"""What can be counted in a text that a model wrote, and how far chance moves each figure. Used by compare_stages.py.
+"""What can be counted in texts that a model wrote, and how far chance moves each figure. Used by compare_stages.py.
 
-Each measure is a ratio of sums over texts, or the distance of a distribution from the training text's. Its interval comes
-from the bootstrap (Efron, 1979): the texts are drawn anew, as many as there are and with replacement, 2,000 times; the
-figures of all these draws lie in the interval with 95 %.
+Each measure is a ratio of sums over texts, or the distance of a distribution from the training text's. Its interval
+comes from the bootstrap (Efron, 1979): as many texts as there are get drawn with replacement, 2,000 times; the
+interval holds the middle 95 % of the figures of these draws.
 """
 
 import importlib.util
@@ -56,7 +56,7 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 
 def count(text: str, training: str) -> dict[str, list]:
-    """What each measure counts in one text: [part, whole], or for a distance the lines of each length. Copied runs not."""
+    """What each measure counts in one text: [part, whole], or for a distance the lines of each length. Not copies."""
     songs, lines = corpus.split_songs(text), corpus.all_lines(text)
     words = [word for line in lines for word in corpus.words(line)]
     lowered = [word.lower() for word in words]
@@ -79,9 +79,9 @@ def count(text: str, training: str) -> dict[str, list]:
 
 
 def copied(text: str, training: str, length: int = RUN) -> tuple[float, int]:
-    """What stage 3 calls its copy rate: the share (0 to 1) of runs of `length` words that stand in the training text, 0 if
-    the text is too short for one; and the words in the longest run that does. Whatever case and marks; no run joins two
-    songs. Of three runs of two words, `szara noc` and `noc nad` are copied here, `nad wodą` is not:
+    """What stage 3 calls its copy rate: the share (0 to 1) of runs of `length` words that occur in the training text,
+    0 if the text is too short for one; and the words in the longest run that does. Case and punctuation are ignored;
+    no run spans two songs. Of three runs of two words, `szara noc` and `noc nad` are copied here, `nad wodą` is not:
     >>> copied("Szara noc\\nnad wodą", "Była szara noc, nad miastem cisza", length=2)
     (0.6666666666666666, 3)
     """
@@ -95,7 +95,7 @@ def count_copied(texts: list[str], training: str) -> tuple[list[list[float]], in
     import gpt_hf
     runs = [sum(max(0, len(gpt_hf.words_of(song)) - RUN + 1) for song in corpus.split_songs(text)) for text in texts]
     rate, longest = copied(corpus.join_songs(texts), training)
-    rates = [copied(text, training)[0] if rate else 0.0 for text in texts]  # nothing in all: nothing in any
+    rates = [copied(text, training)[0] if rate else 0.0 for text in texts]  # none in all: none in any
     return [[rate * total, total] for rate, total in zip(rates, runs)], longest
 
 
@@ -109,7 +109,7 @@ def figure(name: str, sums: np.ndarray, training: str) -> np.ndarray:
 
 def measure(texts: list[str], training: str) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """(the figures of all texts together, by their names in MEASURES, and the longest copied run; the figures of each round
-    of the bootstrap). What can't be had here is missing."""
+    of the bootstrap). Measures that are unavailable here are missing."""
     each = [count(text, training) for text in texts]
     counts = {name: np.array([one[name] for one in each], dtype=float) for name in each[0]}
     runs, longest = count_copied(texts, training)

@@ -1,7 +1,7 @@
-"""Three pictures of a comparison: how the runs learn, what density does, what the texts are. Used by compare_stages.py.
+"""Pictures of a comparison: how runs learn, what density does, what the texts are like. Used by compare_stages.py.
 
-Colours of Okabe and Ito, which colour-blind people can tell apart; each run has a mark and its name beside it, too. Each
-picture is 8 inches wide: at 800 pixels its letters are as large as those of the text around it.
+Colours of Okabe and Ito, which colour-blind people can tell apart; each run has its own marker and its name beside
+it, too. Each picture is 8 inches wide: at 800 pixels its letters are as large as the text around it.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ def plain_numbers(axis):
 
 
 def spread(values: list[float], least: float, bounds: tuple[float, float]) -> list[float]:
-    """Heights for labels, near the values but at least so far from each other. Example:
+    """Heights for labels, near the values but at least this far from each other. Example:
     >>> [round(height, 2) for height in spread([1.0, 1.1, 3.0], 0.5, (0, 4))]
     [0.8, 1.3, 3.0]
     """
@@ -69,7 +69,7 @@ def learning_curves(path: Path, runs: list, yards: list):
     if not labels:
         return
     top = max(y for run in shown for _, y in run.curve[1:])
-    top = min(top, 1.75 * min(label[0] for label in labels))  # a model that has memorized goes far beyond
+    top = min(top, 1.75 * min(label[0] for label in labels))  # a model that has memorized goes far above
     low = min([label[0] for label in labels] + [yard.values["val_bpc"] for yard in yards]) - 0.08
     axes.set_ylim(low, top)
     for yard in yards:
@@ -113,7 +113,7 @@ def densities(path: Path, runs: list):
 
 
 def intervals(path: Path, runs: list, texts: list):
-    """Rhymes, real words and repeated lines with their intervals, each beside the real text's and what chance makes."""
+    """Rhymes, real words and repeated lines with their intervals, each beside the real text's and chance."""
     from matplotlib.figure import Figure
     rows, real = [*runs, *texts], texts[0]
     figure = Figure(figsize=(8, 1.5 + 0.33 * len(rows)), layout="constrained")

@@ -2,10 +2,10 @@
 
     python tools/yardsticks.py assets/input/input2.txt
 
-Each is given the training text first, split off as the three stages split it. A Kneser-Ney model counts which character
-followed the last five (and fewer) in the training text, and stays as it is then. A compressor's figure is the size of the
-whole text less that of the training part: it keeps learning from the validation text while it reads it, one character
-after the other, which a trained model may not. PPMd needs pyppmd (requirements-dev.txt).
+Each is given the training text first, split off as the three stages split it. A Kneser-Ney model counts which
+character followed the last five (and fewer) in the training text, and does not change after that. A compressor's
+figure is the size of the whole text less that of the training part: it keeps learning from the validation text while
+it reads it, one character after the other, which a trained model may not. PPMd needs pyppmd (requirements-dev.txt).
 """
 
 import argparse
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corpus_report as corpus  # noqa: E402
 
 END = "\0"  # between two songs: one character, as in the scripts
-ORDER = 6  # characters that Kneser-Ney looks at, the predicted one included
+ORDER = 6  # characters that Kneser-Ney looks at, including the predicted one
 PPM_ORDER = 16  # characters that PPMd looks back at
 LONGEST = 20_000_000  # characters; the counts of a longer text would need gigabytes
 
@@ -29,9 +29,10 @@ def kneser_ney(training: str, validation: str, order: int = ORDER) -> float:
     """Bits per character by a modified, interpolated Kneser-Ney model of characters (Chen and Goodman, 1999).
 
     How often a character followed its context counts at the longest context. At a shorter one it counts in how many
-    different longer contexts it did: what follows only one of them is a poor guess elsewhere. Each count of 1, 2, 3 or
-    more gives up a discount of its own to the shorter context. Example, by hand: order 1 knows counts alone. Of "aab" these
-    are 2, which gives up 1/2, and 1, which gives up 1/3; the sum is shared by a, b and any unknown character alike:
+    different longer contexts it did: a character that follows only one of them is a poor guess elsewhere. Each count
+    of 1, 2, 3 or more gives up a discount of its own to the shorter context. Example, by hand: order 1 knows counts
+    alone. Of "aab" these are 2, which gives up 1/2, and 1, which gives up 1/3; the sum is shared by a, b and any
+    unknown character alike:
     >>> round(2 ** -kneser_ney("aab", "a", order=1), 4)  # (2 - 1/2 + 5/6 * 1/3) / 3
     0.5926
     """
@@ -75,18 +76,18 @@ def compressed(training: str, validation: str, compress) -> float:
 
 
 def ppmd(data: bytes) -> bytes:
-    """Compressed by prediction from partial matches (Shkarin, 2002). ImportError without pyppmd."""
+    """Compress by prediction from partial matches (Shkarin, 2002). ImportError without pyppmd."""
     import pyppmd
     return pyppmd.compress(data, max_order=PPM_ORDER, mem_size=64 << 20)
 
 
 def xz(data: bytes) -> bytes:
-    """Compressed by references to what stood before, as xz -9e does it."""
+    """Compress by references to earlier text, as xz -9e does."""
     return lzma.compress(data, format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
 
 
 def measure(training: str, validation: str) -> dict[str, float]:
-    """Bits per character by the name of each yardstick; a line says which is left out, and why."""
+    """Bits per character by yardstick; a line says which is left out, and why."""
     if len(training) > LONGEST:
         print(f"yardsticks left out: the text has over {LONGEST:,} characters")
         return {}
