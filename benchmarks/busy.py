@@ -4,8 +4,8 @@
 
 The threads of torch's GNU OpenMP spin while they wait for each other. Beside a second program one of them may not be
 running, and the others spin for it: GOMP_SPINCOUNT limits how long. The scripts set it to 1000. Each figure is a
-median over rounds, all four cases in turn, of what training_step.py measures in a fresh process. Times: beside / alone.
-"""
+median over rounds, all four cases in turn, of what training_step.py measures in a fresh process. Times: beside /
+alone. """
 
 import argparse
 import contextlib

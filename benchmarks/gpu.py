@@ -1,12 +1,12 @@
-"""How fast gpt.py is on a GPU: training steps, the race of the recipes, generation. benchmarks/gpu.sh runs it in 8 minutes.
+"""gpt.py on a GPU: training steps, the race of the recipes, generation. benchmarks/gpu.sh runs it in 8 minutes.
 
     python benchmarks/gpu.py --input assets/input/input2.txt
     python benchmarks/gpu.py --device cpu --size tiny --seconds 1 --race 30 --tokens 40     # a rehearsal without a GPU
 
 Steps: tokens per second, model flops as a share of the card's own bfloat16 rate (measured here, 4096 x 4096), peak
-memory; attention by hand and torch's fused one, float16 and bfloat16, eager and compiled. Race: classic trains for --race
-steps; modern for its default number of steps, with and without rows that grow, then for twice as many: when is it as
-good as classic at its best? Generation: one row and 64, the best of three. All at --size (base).
+memory; attention by hand and torch's fused one, float16 and bfloat16, eager and compiled. Race: classic trains for
+--race steps; modern for its default number of steps, with and without rows that grow, then for twice as many: when is
+it as good as classic at its best? Generation: one row and 64, the best of three. All at --size (base).
 """
 
 import argparse
@@ -65,7 +65,7 @@ def prepare(args, **options):
     text = gpt.read_corpus(args.input)
     tokenizer = gpt.make_tokenizer({}, text, None)
     ids = tokenizer.encode(text)
-    config = gpt.make_config(dict(options, size=args.size, max_iters=10**6), device, len(ids))  # more steps than are timed
+    config = gpt.make_config(dict(options, size=args.size, max_iters=10**6), device, len(ids))  # more than are timed
     data = gpt.with_recall(ids, config, tokenizer)
     torch.manual_seed(config.seed)
     return config, gpt.GPTLanguageModel(config, tokenizer.vocab_size).to(device), data

@@ -3,7 +3,7 @@
     python benchmarks/hf_step.py            # GPT-2 small, random weights, on the CPU: 4 x 256 tokens, about 3 minutes
 
 Plain: the model as from_pretrained gives it, in float32, and the Trainer's optimizer. Ours: the model as gpt_hf.py
-loads it, computing in the type that `--dtype auto` picks here (bfloat16 where the CPU has it, else float32), or in --dtype.
+loads it, computing in what `--dtype auto` picks here (bfloat16 where the CPU has it, else float32), or in --dtype.
 Each runs in a process of its own; they take turns, step by step, so that both see the same machine.
 """
 

@@ -3,9 +3,9 @@
     apt-get download fortunes-pl php-faker && for f in *.deb; do dpkg -x $f packages; done
     python benchmarks/prose.py packages prose.txt [--tokenizer 32000]
 
-fortunes-pl: quotations and jokes of mixed origin, colloquial; php-faker: Bruno Schulz, *Sklepy cynamonowe*. Neither is part of
-this project. --tokenizer N also trains a BPE of N entries on the text (prose.json): a Polish tokenizer, trained without the
-lyrics, which `gpt_tiktoken.py --tokenizer polish --tokenizer_path prose.json` takes.
+fortunes-pl: quotations and jokes of mixed origin, colloquial; php-faker: Bruno Schulz, *Sklepy cynamonowe*. Neither
+is part of this project. --tokenizer N also trains a BPE of N entries on the text (prose.json): a Polish tokenizer,
+trained without the lyrics, which `gpt_tiktoken.py --tokenizer polish --tokenizer_path prose.json` takes.
 """
 
 import argparse

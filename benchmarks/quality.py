@@ -3,10 +3,10 @@
     python benchmarks/quality.py --input FILE --minutes 3 --out FOLDER             # all runs: a screening
     python benchmarks/quality.py --input FILE --minutes 30 --out FOLDER --runs classic_256_0.001 modern_2115
 
-A run gets as many steps as fit into the minutes, at a speed measured first, and is evaluated 20 times; its best counts.
-modern is planned for 5,000 or 8,000 steps at most: its rate decays to the end, and a longer plan memorizes the text
-first (LOG.md). --jobs 2 trains two at a time, each on its share of the cores. Finished runs in FOLDER are not trained
-again; stopped ones continue. Figures: benchmarks/README.md.
+A run gets as many steps as fit into the minutes, at a speed measured first, and is evaluated 20 times; its best
+counts. modern is planned for 5,000 or 8,000 steps at most: its rate decays to the end, and a longer plan memorizes
+the text first (LOG.md). --jobs 2 trains two at a time, each on its share of the cores. Finished runs in FOLDER are
+not trained again; stopped ones continue. Figures: benchmarks/README.md.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def train(name: str, args) -> str:
     else:
         call(script, threads, **options, run_dir=f"{args.out}/probe/{name}", **PROBE)
         seen = [record["seconds"] for record in read_history(Path(args.out, "probe", name))]  # every five steps
-        times = sorted(after - before for before, after in itertools.pairwise(seen))[:-4]  # without the steps that --compile delays
+        times = sorted(after - before for before, after in itertools.pairwise(seen))[:-4]  # the others wait for --compile
         seconds = statistics.mean(times) / 5
         steps = min(longest, max(1, int(60 * args.minutes / seconds)))
         metrics = call(script, threads, **options, run_dir=folder, max_iters=steps, eval_interval=math.ceil(steps / 20))

@@ -3,10 +3,10 @@
     python benchmarks/training_step.py                # tiny and base of both scripts, as they run on this machine
     python benchmarks/training_step.py --only tiny
 
-Each row is a process of its own, on random tokens. Share: the step's model flops (per token 6 for each matrix weight and
-12 * layers * width * context for attention; no optimizer), divided by its time and by the machine's matrix product rate,
-measured in the same process just before and after. Memory: the largest resident size less that before the model was made.
-plain: gpt_tiktoken.py with cross_entropy(lm_head(x)) instead of its sliced loss.
+Each row is a process of its own, on random tokens. Share: the step's model flops (per token 6 for each matrix weight
+and 12 * layers * width * context for attention; no optimizer), divided by its time and by the machine's matrix
+product rate, measured in the same process just before and after. Memory: the largest resident size less that before
+the model was made. plain: gpt_tiktoken.py with cross_entropy(lm_head(x)) instead of its sliced loss.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Does it pay off to read other Polish text first? Fine-tuning against training from scratch, on little and more text.
+"""Does it pay off to read other Polish first? Fine-tuning against training from scratch, on little and on more text.
 
     python benchmarks/transfer.py --prose PROSE.txt --input TEXT.txt --out FOLDER
 

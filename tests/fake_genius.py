@@ -136,7 +136,7 @@ class FakeGenius:
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
-        """Say nothing where the client went away: that is what the tests are about, and not the collector's own output."""
+        """Ignore a client that went away: the tests do that on purpose, and the collector did not print it."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
@@ -157,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = cut
 
     def do_GET(self):
-        """Answer, or fail in the way that the server's `fault` wants."""
+        """Answer, or fail as the server's `fault` says."""
         fake, parts = self.genius, urlsplit(self.path)
         path, query = parts.path, {k: v[0] for k, v in parse_qs(parts.query).items()}
         with fake.lock:

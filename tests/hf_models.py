@@ -46,7 +46,7 @@ END = "<|endoftext|>"
 
 
 def songs(count: int, lines: int = 8) -> list[str]:
-    """Invented songs: every one another walk through the verses, so that there is something to learn."""
+    """Invented songs: each takes its own path through the verses, so that there is something to learn."""
     return ["\n".join(VERSES[(7 * song + step * (1 + song % 3)) % len(VERSES)] for step in range(lines))
             for song in range(count)]
 
@@ -57,7 +57,7 @@ def corpus(count: int = 24, lines: int = 8) -> str:
 
 
 def tokenizer(vocab_size: int = 400, end: str | None = END) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the verses: it gives every text back exactly."""
+    """A byte-level BPE trained on the verses: it decodes every text exactly."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -84,7 +84,7 @@ def qwen3(vocab_size: int = 400) -> Qwen3ForCausalLM:
 
 
 def bert(vocab_size: int = 400) -> BertForMaskedLM:
-    """A model that reads in both directions: no language model to continue a text with."""
+    """A model that reads in both directions: it cannot continue a text."""
     torch.manual_seed(0)
     return BertForMaskedLM(BertConfig(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                                       intermediate_size=64, max_position_embeddings=64))

@@ -279,7 +279,7 @@ def models(made):
         model = script.GPTLanguageModel(script.Config(**saved["config"]), tokenizer.vocab_size).double()
         model.load_state_dict(saved["model"])
         torch.manual_seed(1)
-        for p in model.parameters():  # or so small a model writes the same letter again and again
+        for p in model.parameters():  # or such a small model repeats one letter
             p.data += 0.3 * torch.randn_like(p)
         yield script, model, tokenizer, saved["context"]
 
@@ -290,7 +290,7 @@ def test_the_texts_of_a_batch_are_those_drawn_alone(made, monkeypatch, temperatu
         single, generators = script.draw_token, []
 
         def draw(logits, *how, single=single, generators=generators):
-            """A generator of its own for each row, so that a row draws the same in any company."""
+            """Its own generator for each row, so that a row does not depend on the others."""
             return torch.cat([single(row[None], *how[:3], generator) for row, generator in zip(logits, generators)])
 
         monkeypatch.setattr(script, "draw_token", draw)

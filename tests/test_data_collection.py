@@ -103,7 +103,7 @@ def log(line):
 
 # ---------- The whole way ----------
 def test_a_discography_becomes_a_corpus(genius, capsys):
-    for i in range(60):  # two pages; sorted by title downwards, so not by id
+    for i in range(60):  # two pages; by title in descending order, so not by id
         genius.add_song(7, 500 - i)
     report = run("--artist", "TEDE")
     songs = corpus()
@@ -253,7 +253,7 @@ def test_a_song_cannot_end_itself(genius):
 
 # ---------- Faults ----------
 def faults(seed, share=0.1):
-    """A seeded random mix of all faults that pass."""
+    """A seeded random mix of all temporary faults."""
     rng = random.Random(seed)
     return lambda path, number: rng.choice(PASSING_FAULTS) if rng.random() < share else ""
 
@@ -385,7 +385,7 @@ def test_a_lasting_429_ends_after_a_bounded_time(genius, monkeypatch, capsys):
     waits.clear()
     genius.counts.clear()
     genius.fault = lambda path, number: "429" if "/web/" in path and genius.counts[path] == 1 else ""
-    assert run("--max_songs", 9)["songs"] == 9 and sum(waits) == 6 * 1800  # an answer in between: patience anew
+    assert run("--max_songs", 9)["songs"] == 9 and sum(waits) == 6 * 1800  # a good answer resets the patience
 
 
 def test_a_list_that_cannot_be_read_ends_the_run(genius, capsys):
@@ -477,7 +477,7 @@ def test_thirty_kills_change_nothing(genius):
 
 
 def faults_and_kills(genius, songs, kills, seed):
-    """Collect with 10 % odd answers of all kinds, killed so often; returns figures of it."""
+    """Collect with 10 % odd answers of all kinds, killed `kills` times; returns what happened."""
     kinds = [*PASSING_FAULTS, *ODD_ANSWERS, "no gzip", "400", "404", "403", "408"]
     for i in range(songs):
         genius.add_song(7, i + 1)
@@ -534,7 +534,7 @@ def test_1000_songs_with_faults_of_all_kinds_and_thirty_kills(genius):
         f"{runs} runs: the same bytes as without faults")
 
 
-def test_an_interrupted_list_is_gone_on_with(genius, capsys):
+def test_an_interrupted_list_is_continued(genius, capsys):
     for i in range(1, 121):
         genius.add_song(7, i)
     genius.fault = lambda path, number: "403" if "page=3" in path else ""
@@ -583,7 +583,7 @@ def test_a_corpus_is_known_as_ours_before_it_is_in_its_place(genius, monkeypatch
     assert "[Refren" in corpus()[0] and not [path for path in files("assets") if "previous" in path.name]
 
 
-def test_ctrl_c_says_how_to_go_on(genius, monkeypatch, capsys):
+def test_ctrl_c_says_how_to_continue(genius, monkeypatch, capsys):
     for i in range(1, 6):
         genius.add_song(7, i)
 
@@ -597,7 +597,7 @@ def test_ctrl_c_says_how_to_go_on(genius, monkeypatch, capsys):
     assert "continue with: python data_collection.py --delay 0 --artist Tede\n" in error and "Traceback" not in error
     assert stored() in ([1, 2, 3], [1, 2, 3, 4])
     monkeypatch.setattr(dc, "IN_NOTEBOOK", True)
-    assert run() == {}  # a notebook cell goes on
+    assert run() == {}  # a notebook cell returns
     genius.fault = lambda path, number: ""
     assert run()["songs"] == 5
 
@@ -676,13 +676,13 @@ JSON = st.recursive(
 
 
 def places(value, path=()):
-    """The way to every field of a JSON value, to itself as well."""
+    """The path to every field of a JSON value, and to the value itself."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path] + [way for key, child in inner for way in places(child, (*path, key))]
 
 
 def replaced(value, path, new):
-    """The JSON value with another one at the end of the way."""
+    """The JSON value with the part at this path replaced."""
     if not path:
         return new
     value = dict(value) if isinstance(value, dict) else list(value)
@@ -703,7 +703,7 @@ def any_json_anywhere(genius, monkeypatch, examples):
         if change.get("where") == "page":
             ways = places(value)
             value = replaced(value, ways[change["way"] % len(ways)], change["value"])
-            with suppress(LookupError, TypeError):  # another text is a lyric like any other
+            with suppress(LookupError, TypeError):  # any other text is lyrics, too
                 html = value["songPage"]["lyricsData"]["body"]["html"]
                 change["lyrics"] = isinstance(html, str) and html != state["songPage"]["lyricsData"]["body"]["html"]
         literal = json.dumps(value).replace("\\", "\\\\").replace("'", "\\'")
@@ -773,7 +773,7 @@ def test_any_json_in_any_field_many_times(genius, monkeypatch):
 
 # ---------- A second collector, a damaged database ----------
 def start_two(genius, seconds):
-    """Start two collectors so many seconds apart; what each of them said, and their statuses."""
+    """Start two collectors this many seconds apart. Returns what each printed, and its status."""
     shutil.rmtree("assets", ignore_errors=True)
     first = process(genius)
     time.sleep(seconds)
@@ -783,7 +783,7 @@ def start_two(genius, seconds):
 
 
 def two_collectors(genius, times, songs):
-    """Start two collectors together so often; how often both, or only one, came to the end."""
+    """Start two collectors together this many times; how often both, or only one, finished."""
     for i in range(songs):
         genius.add_song(7, i + 1)
     run()
@@ -1065,7 +1065,7 @@ def test_a_notebook_kernels_own_arguments_are_ignored(genius, monkeypatch, capsy
     assert "Inny" in capsys.readouterr().err + str(pytest.raises(SystemExit, dc.main).value) + capsys.readouterr().err
     genius.add_song(7, 2)
     genius.fault = lambda path, number: "500" if "song-2" in path else ""
-    assert run()["failed"][0]["id"] == 2  # told, but the notebook gets the report
+    assert run()["failed"][0]["id"] == 2  # an error is printed, but the notebook gets the report
 
 
 OPTIONS = """artist artist_id output token_file include_features versions max_songs keep_headers offline delay""".split()
@@ -1255,7 +1255,7 @@ def test_a_large_page_is_read_in_seconds(before, unit):
     start = time.process_time()
     with suppress(dc.Trouble):
         dc.read_page(page)
-    assert time.process_time() - start < 10  # a square would be hours
+    assert time.process_time() - start < 10  # quadratic time would be hours
 
 
 JUNK = ["12 Contributors", "Noc Lyrics", "You might also like", "3Embed", "Embed", "[Refren]", "[Zwrotka", "]", "["]
@@ -1303,7 +1303,7 @@ def test_cleaning_10000_random_strings():
 
 # ---------- Size ----------
 def peak_mib(genius, songs):
-    """(peak memory in MiB, seconds) of a process that collects so many songs."""
+    """(peak memory in MiB, seconds) of a process that collects this many songs."""
     genius.lists[7].clear()
     for i in range(1, songs + 1):
         genius.add_song(7, i, lyrics=lambda i=i: invented(i))

@@ -35,7 +35,7 @@ TINY = dict(input="songs.txt", recall="", n_layer=1, n_head=2, n_embd=16, batch_
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Small models are faster so, above all on a busy machine."""
+    """Small models are faster with one thread, above all on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -76,7 +76,7 @@ def train(folder, **options):
 
 
 def loaded(folder):
-    """What somebody without any code of ours gets from the folder."""
+    """What someone without our code gets from the folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -179,7 +179,7 @@ def test_the_best_model_is_exported_not_the_last(run):
 
 
 def test_it_runs_from_the_project_s_folder(run, folder):
-    """From elsewhere: see the full disk below."""
+    """It is run from elsewhere in the test of the full disk below."""
     subprocess.run([sys.executable, "tools/export_hf.py", run, folder / "hf"], cwd=ROOT, check=True, capture_output=True)
     assert Path("hf/config.json").exists()
 

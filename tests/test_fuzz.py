@@ -1,8 +1,9 @@
-"""Files of others, mutated: pytest tests/test_fuzz.py   (thousands of them: pytest tests/test_fuzz.py -m slow -s).
+"""Other people's files, mutated: pytest tests/test_fuzz.py   (thousands: pytest tests/test_fuzz.py -m slow -s).
 
-Checkpoints, a tokenizer.json and the files of a model folder are changed as trees of values or as bytes; then the script reads
-them. Each time it must go on, or end with one line, within LIMIT seconds and MEMORY bytes, and write nothing outside its run
-folder. One server loads torch and the rest once and forks a child for each input: one that is aborted takes nothing with it.
+Checkpoints, a tokenizer.json and the files of a model folder are changed as trees of values or as bytes; then the
+script reads them. Each time it must continue, or end with one line, within LIMIT seconds and MEMORY bytes, and write
+nothing outside its run folder. One server loads torch and the rest once and forks a child for each input: one that is
+aborted takes nothing with it.
 """
 
 import copy
@@ -70,7 +71,7 @@ def serve(connection):
 
 
 def act(script, argv, folder):
-    """The child: the script's main in the folder, what it says in a file beside it."""
+    """The child: the script's main in the folder, with its output in a file beside it."""
     os.chdir(folder)
     file = os.open(folder + ".txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
@@ -116,7 +117,7 @@ def run():
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
-    """A folder with a text, runs of all stages, a tokenizer.json and a model folder, all as they should be."""
+    """A folder with a text, runs of all stages, a tokenizer.json and a model folder, all intact."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "songs.txt").write_text(hf_models.corpus(6), encoding="utf-8")
     (folder / "mine.json").write_text(tokenizer_files.bytes_and(("a", "b"), ("ab", "c")), encoding="utf-8")
@@ -142,7 +143,7 @@ HOW = ["another value", "another value", "a near one", "another's", "left out", 
 
 
 def places(tree):
-    """(container, key) of each value in a tree of dictionaries and lists. Of many entries those at both ends."""
+    """(container, key) of each value in a tree of dictionaries and lists. Of many, only those at both ends."""
     keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
     for key in keys[:30] + keys[30:][-10:]:
         yield tree, key
@@ -165,7 +166,7 @@ def change(data, tree, found):
     elif how == "another's":
         other, name = data.draw(st.sampled_from(found))
         there = name in (other if isinstance(other, dict) else range(len(other)))
-        inside[key] = copy.deepcopy(other[name]) if there else None  # a copy: no value holds itself
+        inside[key] = copy.deepcopy(other[name]) if there else None  # a copy: no value may contain itself
     elif how == "left out":
         del inside[key]
     elif how == "once more" and isinstance(inside, list):
@@ -186,7 +187,7 @@ def mutated_tree(data, tree):
 
 
 def mutated_bytes(data, raw):
-    """The same, cut, filled, flipped, overwritten or something else."""
+    """The bytes truncated, padded, flipped, overwritten or replaced."""
     how = data.draw(st.sampled_from(["flip", "cut", "fill", "join", "zeros", "other"]))
     place = data.draw(st.integers(0, len(raw) - 1))
     if how == "flip":

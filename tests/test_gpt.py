@@ -46,7 +46,7 @@ TEXT = SEPARATOR.join(f"{number}. {SONG * 3}" for number in range(6))
 RUN = {"config.json", "metrics.jsonl", "metrics.json", "loss.png", "model_best.pt", "model_last.pt", "output"}
 RECIPES = ("modern", "classic")
 both_recipes = pytest.mark.parametrize("recipe", RECIPES)
-numeric = pytest.mark.numeric  # what another processor rounds otherwise: .ci/run repeats these with other instructions
+numeric = pytest.mark.numeric  # what other processors round differently: .ci/run repeats these with other instructions
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -124,7 +124,7 @@ def tiny(stage, **options):
 
 
 def refused(stage, capsys, argv, status=2):
-    """Run what must fail; the one line that it says."""
+    """Run what must fail. Returns the one line that it prints."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         stage.main(argv)
@@ -479,7 +479,7 @@ def test_recall_reads_a_long_text_in_parts(stage):
 
 
 def test_a_refrain_is_learned_by_recall(stage):
-    """Songs of four random lines that are all sung twice: only who looks them up can know the second time."""
+    """Songs of four random lines that are all sung twice: only by looking them up can the second time be known."""
     words = random.Random(1)
     lines = ["".join(words.choices("abcdefgh", k=24)) for _ in range(200)]
     songs = ["\n".join(lines[i:i + 4] * 2) for i in range(0, 200, 4)]
@@ -622,7 +622,7 @@ def test_the_modern_norm_is_rmsnorm_of_what_is_centred(stage, float64):
 @numeric
 @both_recipes
 def test_no_position_sees_the_future_and_each_sees_the_whole_past(stage, recipe, float64):
-    model, idx = model_of(stage, recipe).eval(), torch.randint(4, (1, 12))  # few letters: much returns
+    model, idx = model_of(stage, recipe).eval(), torch.randint(4, (1, 12))  # few letters: much repeats
     before = model(idx, recalled=recalled_in(stage, model, idx))
     for position in range(12):
         changed = idx.clone()
@@ -673,7 +673,7 @@ def test_a_modern_model_starts_as_the_identity(stage):
 
 # ------------------------------------------------------------------------------------------------ learning
 def muons_steps(weight, grads, lr, decay):
-    """Where Muon takes a matrix, written out: momentum and Nesterov, five Newton-Schulz steps, as long as AdamW's."""
+    """A step of Muon written out: momentum and Nesterov, five Newton-Schulz steps, scaled like AdamW's."""
     momentum = torch.zeros_like(weight)
     for grad in grads:
         momentum = 0.95 * momentum + 0.05 * grad
@@ -1083,7 +1083,7 @@ def test_training_works_outside_the_main_thread(stage):
 # ------------------------------------------------------------------------------------------------- resume
 @contextlib.contextmanager
 def before_step(stage, step, action):
-    """Whoever takes this step does this first."""
+    """Do this just before this step is taken."""
     real = stage.take_step
 
     def take_step(*args):
@@ -1223,7 +1223,7 @@ def test_another_text_than_the_checkpoints(stage, run, capsys, more):
 
 
 def kill_again_and_again(stage, recipe, kills, dice):
-    """Kill a run with SIGKILL, resume it, and so on; yields a line for each kill. In the end it equals one left in peace."""
+    """Kill a run with SIGKILL, resume it, and so on; yields a line for each kill. It ends like an undisturbed one."""
     common = dict(recipe=recipe, dropout=0.2, eval_interval=1, max_iters=4 * kills, n_embd=64, warmup_iters=2, patience=0)
     script, whole, cut = stage.__file__, tiny(stage, **common, run_dir="whole"), tiny(stage, **common, run_dir="cut")
     assert processes.finish(processes.start(script, whole, "whole.txt")) == 0
@@ -1378,7 +1378,7 @@ def test_the_best_model_is_copied_to_save_path_each_time(stage):
 
 
 def other_files():
-    """What stands around, besides the text and the finished run: another run, and things that are no files."""
+    """What exists besides the text and the finished run: another run, and things that are not files."""
     shutil.copytree("run", "other")
     Path("other/tokenizer.json").write_text("{}")
     Path("folder").mkdir()
@@ -1500,7 +1500,7 @@ def test_one_process_a_folder_at_every_step(stage, capsys):
 
 
 def test_processes_that_start_at_once_share_no_folder(stage):
-    """Each ends with a whole run of its own, or with the line."""
+    """Each ends with a complete run of its own, or with the error line."""
     many = [processes.start(stage.__file__, tiny(stage, max_iters=30, eval_interval=10, seed=seed), f"{seed}.out")
             for seed in range(4)]
     statuses = [processes.finish(child) for child in many]
@@ -1555,7 +1555,7 @@ def test_a_text_that_breaks_off_leaves_no_file(stage, run, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------- what goes wrong
 @contextlib.contextmanager
 def full_disk(room):
-    """No file can grow beyond so many bytes."""
+    """No file can grow beyond this many bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
@@ -1743,7 +1743,7 @@ def changes(value):
 def test_every_field_of_a_checkpoint_is_checked_before_use(stage, recipe, share, capsys):
     """Each part, left out or replaced by all sorts of things, is refused in one line; or it is legal, and used as it is.
 
-    share: of the things that can be done to a part, every sixth is done.
+    share: of the changes to a part, only one in this many is made.
     """
     stage.main(tiny(stage, recipe=recipe, n_layer=1, dtype="float16", run_dir="good"))
     Path("mine.txt").write_text("mine")
@@ -1770,7 +1770,7 @@ def test_every_field_of_a_checkpoint_is_checked_before_use(stage, recipe, share,
                 legal.append((name, Path("run/model_last.pt").read_bytes()))
     assert not wrong
     for name, content in legal:
-        if name == "config.compile: true":  # it takes its time
+        if name == "config.compile: true":  # slow
             continue
         Path("run/model_last.pt").write_bytes(content)
         shutil.copy("run/model_last.pt", "run/model_best.pt")
@@ -1812,7 +1812,7 @@ def test_an_option_that_this_version_does_not_know_is_named(stage, run, capsys):
 
 
 def packed(path, target, zeros=None):
-    """A checkpoint's archive written anew, deflated; some of its files with so many megabytes of zeros in their place."""
+    """A checkpoint's archive written anew, deflated; some files replaced by so many megabytes of zeros."""
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             with new.open(name, "w") as file:
@@ -1854,7 +1854,7 @@ def test_an_archive_packed_otherwise_is_damaged_or_whole(stage, run):
 
 
 def test_a_small_file_does_not_stand_for_a_large_model(stage, run, capsys):
-    """Each tensor one number, told to be repeated."""
+    """Each tensor is one number, said to be repeated."""
     saved = checkpoint(run / "model_best.pt")
     saved["model"] = {name: p.new_zeros(()).expand(p.shape) for name, p in saved["model"].items()}
     torch.save(saved, "small.pt")
@@ -2083,7 +2083,7 @@ def test_samples_that_cannot_be_written(stage, run, capsys):
 
 # ---------------------------------------------------------------------------- terminals, notebooks, processes
 def python(*words, **environment):
-    """Run Python on its own."""
+    """Run Python in a process of its own."""
     environment = dict(os.environ, OMP_NUM_THREADS="1", **environment)
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, env=environment, timeout=300)
 

@@ -513,7 +513,7 @@ CHECKPOINT = ["config.json", "model.safetensors", "optimizer.pt", "rng_state.pth
 @pytest.mark.parametrize("how", ["missing", "empty", "cut", "another run's", "changed", "a page"])
 @pytest.mark.parametrize("file", CHECKPOINT)
 def test_a_damaged_checkpoint_is_passed_over(finished, another, tmp_path, capsys, file, how):
-    """The newest is damaged: the other is used, and the line says why. Both are: one line that names each fault."""
+    """The newest is damaged: the other is used, and the line says why. If both are: one line names each fault."""
     shutil.copytree(finished[1], tmp_path / "run")
     newest, older = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda path: -int(path.name[11:]))
     same = (newest / file).read_bytes() == (another / newest.name / file).read_bytes()
@@ -532,7 +532,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished, another, tmp_path, capsys
     assert "without --resume" in line and everything_in(tmp_path) == before
 
 
-def test_the_run_goes_on_from_the_older_checkpoint_as_it_did(finished, tmp_path):
+def test_the_run_continues_from_the_older_checkpoint_as_before(finished, tmp_path):
     shutil.copytree(finished[1], tmp_path / "run")
     os.truncate(tmp_path / "run" / f"checkpoint-{finished[0]['iters']}" / "optimizer.pt", 1000)
     assert_as_uninterrupted(tmp_path / "run", gpt_hf.main(resume(tmp_path / "run")), finished)
@@ -697,7 +697,7 @@ def test_a_run_that_was_carried_elsewhere_is_continued_there(finished, tmp_path,
 
 # ------------------------------------------------------------------------------------------------ bad input
 class Code:
-    """What runs code where it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("code_ran",)
@@ -784,7 +784,7 @@ def broken(made, kind, folder):
     ("list", "can be read"), ("dropout", "can be read"), ("encoder", "no causal"),
     *((kind, "tokenizer") for kind in TOKENIZERS)])
 def test_base_models_that_do_not_work(made, tmp_path, capfd, monkeypatch, kind, words):
-    """Neither a line of a library's own, nor a folder that code in the file makes."""
+    """No line is a library's own, and code in the file makes no folder."""
     monkeypatch.chdir(tmp_path)
     folder = broken(made, kind, tmp_path / "model")
     capfd.readouterr()

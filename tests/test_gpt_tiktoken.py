@@ -1,6 +1,6 @@
 """Tests of stage 2: pytest tests/test_gpt_tiktoken.py   (its large counts: pytest tests/test_gpt_tiktoken.py -m slow -s).
 
-What both stages share is tested in test_gpt.py, and held equal by test_twins.py: here is what only stage 2 has.
+What both stages share is tested in test_gpt.py, and kept equal by test_twins.py: here is only what stage 2 adds.
 """
 
 import functools
@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 # ------------------------------------------------------------------------------------------------ helpers
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Small models are faster so, above all on a busy machine."""
+    """Small models are faster with one thread, above all on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -126,7 +126,7 @@ def decoded(tokenizer, ids):
 
 
 def forbid(monkeypatch, *names):
-    """Whoever calls one of these functions of the script fails."""
+    """Make every call of these functions of the script fail."""
     for name in names:
         def called(*args, name=name, **options):
             raise AssertionError(f"{name} was called")
@@ -444,7 +444,7 @@ def bytes_only():
 
 
 def test_samples_hold_whole_characters_only(capsys):
-    """A model of bytes that knows nothing, as hot as can be: most of what it draws is no character at all."""
+    """An untrained model of bytes at a high temperature: most of what it draws is not valid text."""
     train(vocab_size=257, max_iters=1, temperature=100, top_p=1, max_new_tokens=200, prompt="Noc ż", num_samples=2)
     out, text = capsys.readouterr().out, Path("run/output/sample.txt").read_bytes().decode()
     assert text in out and text.count("Noc ż") == 2 and "\ufffd" not in out and "\0" not in text
@@ -1041,7 +1041,7 @@ def test_facts_are_of_the_training_part_printed_and_kept(capsys):
 
 
 def uniform(tokenizer, size=4):
-    """A model that holds every token for equally likely, whatever it reads."""
+    """A model to which every token is equally likely, whatever it reads."""
     model = test_gpt.model_of(gpt_tiktoken, "classic", vocab_size=tokenizer.vocab_size, block_size=size)
     for p in model.lm_head.parameters():
         torch.nn.init.zeros_(p)
@@ -1107,7 +1107,7 @@ def plain(x, weight, bias, targets, factor=1.0):
 
 
 def sum_error(count):
-    """How far a sum of so many numbers in float32, and what leads to it, may be off: the worst case, relative to their sizes.
+    """How far a sum of this many float32 numbers, and what leads to it, may be off: the worst case, relative to their sizes.
 
     Each addition rounds by 2**-24 at most (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2).
     """

@@ -95,7 +95,7 @@ def test_every_claim_has_its_verdict_and_no_other_sentence_judges():
 
 
 def test_every_measured_figure_of_the_text_is_a_published_one():
-    """Bits per character have three decimals; seconds, gigabytes and ratios stand in benchmarks/README.md, too."""
+    """Bits per character have three decimals; seconds, gigabytes and ratios are in benchmarks/README.md, too."""
     published = "".join(path.read_text(encoding="utf-8") for path in (
         RESULTS / "comparison.md", ROOT / "benchmarks/README.md", ROOT / "benchmarks/LOG.md"))
     figures = set(re.findall(r"(?<![\d.,])\d\.\d{3}(?!\d)|\d+(?:\.\d+)?(?= times)|\d+(?:\.\d+)? s(?=[,: ])", README))

@@ -391,7 +391,7 @@ def changed(source, edits):
 
 
 def some(places, count):
-    """At most so many of them, from first to last."""
+    """At most this many of them, from first to last."""
     count = min(count, len(places))
     return [places[i * (len(places) - 1) // max(1, count - 1)] for i in range(count)]
 
@@ -466,7 +466,7 @@ def test_an_exemption_that_is_not_needed_is_found(pair):
 # ------------------------------------------------------------------------------------------- the same behaviour
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Small models are faster so, above all on a busy machine."""
+    """Small models are faster with one thread, above all on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -535,7 +535,7 @@ class Characters:
 def test_the_same_text_is_learned_in_the_same_steps(recipe, tmp_path, monkeypatch):
     """Stage 2 with stage 1's tokenizer goes the same way: same losses, same files but the tokenizer's.
 
-    Its sliced loss rounds otherwise: the weights are those to rounding, and a sample may part from the other at a tie.
+    Its sliced loss rounds otherwise: the weights are equal up to rounding, and a sample may differ after a tie.
     """
     (tmp_path / "songs.txt").write_text("Idzie noc, a za nią świt\nKtoś na dachu liczy zyski\n" * 20, encoding="utf-8")
     monkeypatch.setattr(gpt_tiktoken, "make_tokenizer", Characters)

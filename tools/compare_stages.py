@@ -81,8 +81,8 @@ in a verse differ. *Distance*: Wasserstein-1, from the training text's lines; 0 
 earlier in the same song. *Copied*: occurs in the training text, ignoring case and punctuation. *Letters by bigrams*:
 each letter drawn by the one before it."""
 YARDSTICKS = """**Yardsticks.** Kneser-Ney counts which character followed the last five; it does not change after the
-training text, like a model. PPMd and xz compress: their figure is what the validation text adds to the size
-of the training text. They keep learning from the validation text while they read it, which a trained model may not."""
+training text, like a model. PPMd and xz compress: their figure is what the validation text adds to the size of
+the training text. They keep learning from the validation text while they read it, which a trained model may not."""
 VERDICTS = """A claim *holds* if the whole interval of each lead, over the strongest rival, lies above zero; it *does not hold*
 if one lies below what is worth a claim ({}); else it is *undecided*, with the number of texts that would decide it. Bits per
 character have no texts: there a lead must exceed {} bits, by which seeds differ."""
@@ -156,7 +156,7 @@ def read_parts(runs: list[Run], path: str) -> tuple[str, str]:
     text = gpt.read_corpus(path)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     if others := [run.folder for run in runs if run.sha256 != sha256]:
-        corpus.fail(f"{others[0]} did not learn from {path} as it is now: compare runs of one text, named with --input")
+        corpus.fail(f"{others[0]} did not learn from {path} as it is now: compare runs of the text in --input")
     return gpt.split_corpus(text)
 
 
@@ -512,7 +512,7 @@ def parse_args(argv):
             ("minutes", 3.0, "training time of each model (default: %(default)s)"),
             ("size", "auto", "auto, tiny or base: of the models made from scratch"),
             ("polish", "", "also train on the Polish tokenizer in this file or folder"),
-            ("hf", "", "also fine-tune this model: a Hub name or a folder; for few and for many epochs, as time allows"),
+            ("hf", "", "also fine-tune this model: a Hub name or a folder; for few epochs and for many"),
             ("hf_rate", 1e-4, "learning rate of the fine-tuning (default: %(default)s)"),
             ("texts", 64, "texts that each model writes (default: %(default)s)"),
             ("readme", "", "also put the tables and samples between the marks in this file")):

@@ -285,7 +285,7 @@ def plain(line: str) -> str:
 
 
 def repeated_lines(song: str) -> int:
-    """How many lines occur earlier in the song: refrains. Example: `repeated_lines("La la\\nHej\\nLa, la!")` is `1`."""
+    """How many lines occur earlier in their song. Example: `repeated_lines("La la\\nHej\\nLa, la!")` is `1`."""
     lines = [plain(line) for line in song_lines(song)]
     return len(lines) - len(set(lines))
 
@@ -483,7 +483,7 @@ def on_songs(text: str) -> Iterator[tuple[str, str]]:
     low, middle, high = (quantile([syllables(line) for line in all_lines(text)], share) for share in (0.05, 0.5, 0.95))
     rhyming = [f"{100 * share:.1f} %" for key in (rhyme_key, assonance_key)
                for share in (rhyming_share(text, key), chance(text, key))]
-    yield "lines", (f"{low} to {high} syllables, {middle} in the middle; {rhyming[0]} rhyme with one nearby, {rhyming[1]} "
+    yield "lines", (f"{low} to {high} syllables, {middle} in the middle; {rhyming[0]} rhyme nearby, {rhyming[1]} "
                     f"would by chance; with assonances {rhyming[2]}, by chance {rhyming[3]}")
 
 
