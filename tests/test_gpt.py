@@ -46,7 +46,7 @@ TEXT = SEPARATOR.join(f"{number}. {SONG * 3}" for number in range(6))
 RUN = {"config.json", "metrics.jsonl", "metrics.json", "loss.png", "model_best.pt", "model_last.pt", "output"}
 RECIPES = ("modern", "classic")
 both_recipes = pytest.mark.parametrize("recipe", RECIPES)
-numeric = pytest.mark.numeric  # what other processors round differently: .ci/run repeats these with other instructions
+numeric = pytest.mark.numeric  # what processors round differently: .ci/run repeats these with other instructions
 
 
 # ------------------------------------------------------------------------------------------------ helpers

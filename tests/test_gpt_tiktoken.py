@@ -1107,7 +1107,7 @@ def plain(x, weight, bias, targets, factor=1.0):
 
 
 def sum_error(count):
-    """How far a sum of this many float32 numbers, and what leads to it, may be off: the worst case, relative to their sizes.
+    """How far a float32 sum of this many computed numbers may be off: the worst case, relative to their sizes.
 
     Each addition rounds by 2**-24 at most (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2).
     """

@@ -439,7 +439,7 @@ def densities(training: str) -> dict[str, float]:
 
 
 def steps(tokens: int) -> tuple[int, int, str]:
-    """(steps on a CPU, steps on a GPU, the size there) that gpt.py takes by default for so many training tokens."""
+    """(steps on a CPU, steps on a GPU, the size there) that gpt.py takes by default for this many training tokens."""
     import torch
 
     import gpt
