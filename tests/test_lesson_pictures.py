@@ -16,7 +16,7 @@ SHAPE = "--n_layer 2 --n_head 2 --n_embd 16 --block_size 64 --batch_size 2".spli
 
 
 def make(script=gpt, *options):
-    """A model with random weights that read nothing yet; its blocks do something, too."""
+    """A model with random weights that has read nothing yet; its blocks do something, too."""
     given = script.parse_args([*SHAPE, *options])
     config = script.make_config(given, torch.device("cpu"), len(TEXT))
     tokenizer = script.make_tokenizer(given, TEXT, None)

@@ -5,7 +5,7 @@
     pictures.next_tokens(trained, ["Noc", "Noc nad "]).savefig("guesses.png")
 
 Each picture is 8 inches wide, legible at 800 pixels, and in colours that colour-blind people can tell apart. Characters
-that the model does not know are left out of what it reads.
+that the model does not know are left out of the text it reads.
 """
 
 import html
@@ -24,9 +24,9 @@ from pictures import COLORS, SIZES
 
 END = "\0"  # the end of a song inside the scripts
 VOWELS = "aąeęioóuy"
-SIGNS = {"\n": "↵", " ": "␣", END: "■"}  # how what is invisible is shown
+SIGNS = {"\n": "↵", " ": "␣", END: "■"}  # how invisible characters are shown
 COLUMNS = 64  # characters in a row of a picture
-DARK = 0.72  # share of the darkest colour from which on letters are white
+DARK = 0.72  # share of the darkest colour above which letters are white
 
 
 class Trained(NamedTuple):
@@ -50,13 +50,13 @@ def load(script: ModuleType, folder) -> Trained:
 def known(trained: Trained, text: str) -> str:
     """The text without the characters that the model has never seen."""
     chars = getattr(trained.tokenizer, "chars", None)
-    return "".join(c for c in text if c in chars) if isinstance(chars, str) else text  # sub-words can spell all
+    return "".join(c for c in text if c in chars) if isinstance(chars, str) else text  # sub-words can spell anything
 
 
 def read(trained: Trained, text: str, start: bool = False) -> torch.Tensor:
-    """What the model gets to read: the tokens, each with what is recalled, shape (N, 1 + orders).
+    """The model's input: the tokens, each with what is recalled, shape (N, 1 + orders).
 
-    start: what a new text begins with comes first. Without a text it is all there is.
+    start: put the token that begins a new text first. An empty text is that token alone.
     """
     encode = trained.tokenizer.encode
     ids = encode(known(trained, text))
@@ -67,18 +67,18 @@ def read(trained: Trained, text: str, start: bool = False) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(trained: Trained, text: str) -> torch.Tensor:
-    """The scores of each position, the last `context` ones of the text: shape (T, vocab_size)."""
+    """The scores at the last `context` positions of the text: shape (T, vocab_size)."""
     data = read(trained, text)[-trained.context:].long()[None]  # (1, T, 1 + orders)
     return trained.model(data[..., 0], recalled=data[..., 1:])[0]
 
 
 def guesses(trained: Trained, prompt: str) -> torch.Tensor:
-    """The probability of each token to come next: shape (vocab_size,), sum 1."""
+    """The probability that each token comes next: shape (vocab_size,), sum 1."""
     return logits(trained, prompt)[-1].softmax(dim=-1)
 
 
 def surprisals(trained: Trained, text: str) -> torch.Tensor:
-    """-log2 of the probability that each token of the text had before it was read, in bits: shape (N,)."""
+    """-log2 of the probability that the model gave each token before reading it, in bits: shape (N,)."""
     config = replace(trained.config, eval_iters=0)  # all of it
     nats = trained.script.token_losses(trained.model, read(trained, text, start=True), config, trained.context)
     return nats / math.log(2)
@@ -87,12 +87,12 @@ def surprisals(trained: Trained, text: str) -> torch.Tensor:
 def attention(trained: Trained, text: str) -> torch.Tensor:
     """How much each position looks at each: shape (layers, heads, T, T), each row sums to 1.
 
-    The weights pass through the dropout layer, which leaves them as they are when a model is not trained.
+    The weights pass through the dropout layer, which does not change them outside of training.
     """
     seen = []
 
     def note(module, inputs, output):
-        if output.ndim == 4:  # the same layer is used once more, for what attention returns
+        if output.ndim == 4:  # the layer is used again, on attention's output
             seen.append(output[0])
 
     hooks = [block.attention.dropout.register_forward_hook(note) for block in trained.model.blocks]
@@ -105,15 +105,15 @@ def attention(trained: Trained, text: str) -> torch.Tensor:
 
 
 def write(trained: Trained, prompt: str, length: int, **options) -> str:
-    """A text of the model: the prompt and `length` tokens. Options as in Config, such as temperature=1.5."""
+    """A text by the model: the prompt and `length` tokens. Options as in Config, such as temperature=1.5."""
     config = replace(trained.config, prompt=known(trained, prompt), **options)
     return "".join(trained.script.sample_text(trained.model, trained.tokenizer, config, trained.context, length=length))
 
 
 def refrain(text: str, longest: int) -> tuple[str, int]:
-    """A passage in which a line returns, and where it does: the lines between are left out as far as they do not fit.
+    """A passage in which a line returns, and where it does: lines in between that do not fit are left out.
 
-    The first line of 12 characters or more that stands twice in a song; if there is none, the first such line.
+    The first line of 12 characters or more that occurs twice in a song; if there is none, the first such line.
     Example:
     >>> refrain("Szara jest noc\\nBiały jest dzień\\nIdę\\nSzara jest noc\\n", 48)
     ('Szara jest noc\\nBiały jest dzień\\nSzara jest noc', 32)
@@ -134,7 +134,7 @@ def refrain(text: str, longest: int) -> tuple[str, int]:
 
 # ------------------------------------------------------------------------------------------- pictures
 def sign(piece: str) -> str:
-    """How a token is shown: what is invisible gets a sign. Example: sign(" no\\n") is "␣no↵"."""
+    """How a token is shown: invisible characters get a sign. Example: sign(" no\\n") is "␣no↵"."""
     return "".join(SIGNS.get(c, c if c.isprintable() else "�") for c in piece)
 
 
@@ -164,7 +164,7 @@ def next_tokens(trained: Trained, prompts: list[str], count: int = 10) -> Figure
 
 
 def rows_of(text: str) -> list[list[int]]:
-    """The numbers of the characters in each row of a picture: a row ends with its line, or is full.
+    """The indices of the characters in each row of a picture: a row ends with its line or when it is full.
 
     Example: rows_of("ab\\nc") is [[0, 1, 2], [3]].
     """
@@ -196,14 +196,14 @@ def text_map(figure, axes, text: str, values: list[float], top: float, cmap: str
 
 @matplotlib.rc_context(SIZES)
 def surprise(trained: Trained, text: str) -> Figure:
-    """A text, each character in the colour of its surprisal. Of a sub-word, each character takes an equal part."""
+    """A text, each character in the colour of its surprisal. A sub-word's is split equally among its characters."""
     text = known(trained, text)
     values: list[float] = []  # of each character
     sizes = trained.tokenizer.count_chars(read(trained, text)[:, 0])
     for size, bits in zip(sizes.tolist(), surprisals(trained, text).tolist()):
         if size:
             values += [bits / size] * size
-        else:  # it goes on with a letter that the token before has begun
+        else:  # it continues a letter that the token before began
             values[-1] += bits
     figure = Figure(figsize=(8, 1.4 + 0.26 * len(rows_of(text))), layout="constrained")
     axes = figure.add_subplot()
@@ -215,8 +215,8 @@ def surprise(trained: Trained, text: str) -> Figure:
 def shares_of_attention(weights: torch.Tensor, returns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """How much each head looks at the ten letters before, and at its place in the first of two equal lines.
 
-    weights: (layers, heads, T, T); the line stands at 0 and returns at `returns`. Its place: the same letter and its
-    neighbours, of which the next one says what to write. Means over the letters of the line: (layers, heads) each.
+    weights: (layers, heads, T, T); the line begins at 0 and returns at `returns`. Its place: the same letter and its
+    neighbours, the next of which says what to write. Means over the letters of the line: (layers, heads) each.
     """
     here = torch.arange(returns + 1, weights.size(-1) - 1)
     there = here - returns
@@ -226,9 +226,9 @@ def shares_of_attention(weights: torch.Tensor, returns: int) -> tuple[torch.Tens
 
 @matplotlib.rc_context(SIZES)
 def looking_back(trained: Trained, passage: str, returns: int, at: int, head: tuple[int, int] | None = None) -> Figure:
-    """Where a head looks from the letter number `at` of a line that stands at 0 and returns at `returns`; below, all heads.
+    """Where a head looks from letter `at` of a line that begins at 0 and returns at `returns`; below, all heads.
 
-    head: (layer, head), both from 1; None: the one that looks most at where the line stood before. A green frame: what
+    head: (layer, head), both from 1; None: the one that looks most at where the line was before. A green frame: what
     recall shows the model there.
     """
     weights = attention(trained, passage)
@@ -265,7 +265,7 @@ def looking_back(trained: Trained, passage: str, returns: int, at: int, head: tu
 
 
 def apart(places: torch.Tensor, least: float) -> torch.Tensor:
-    """Points (n, 2) moved as little as it takes to be `least` apart, in shares of the picture's width and height."""
+    """Points (n, 2) moved until they are about `least` apart, in fractions of the picture's width and height."""
     size = places.max(dim=0).values - places.min(dim=0).values
     places = places / size.clamp(min=1e-9)
     for _ in range(100):
@@ -277,7 +277,7 @@ def apart(places: torch.Tensor, least: float) -> torch.Tensor:
 
 @matplotlib.rc_context(SIZES)
 def letter_map(trained: Trained, text: str, least: int = 20) -> Figure:
-    """The embeddings of small letters that stand in the text `least` times or more, on the plane on which they differ most.
+    """The embeddings of lower-case letters that occur `least` times or more, on the plane on which they differ most.
 
     PCA: the first two right singular vectors of the centred matrix.
     """
@@ -309,7 +309,7 @@ def letter_map(trained: Trained, text: str, least: int = 20) -> Figure:
 
 @matplotlib.rc_context(SIZES)
 def cuts(tokenizers: dict[str, Any], line: str) -> Figure:
-    """How each tokenizer cuts a line: pieces in turn in two colours. A byte that is no whole letter is shown as �."""
+    """How each tokenizer cuts a line: pieces in alternating colours. A byte that is no letter is shown as �."""
     figure = Figure(figsize=(8, 0.6 + 0.75 * len(tokenizers)), layout="constrained")
     axes = figure.add_subplot()
     widest = 0
