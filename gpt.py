@@ -980,9 +980,9 @@ def load_checkpoint(path: str) -> dict:
     except (OSError, HTTPException) as e:  # no file, no such address
         raise Stop(f"no checkpoint at {path} ({e}): train first, or give the right --run_dir or address") from None
     except Stop as e:
-        reason = f"is no checkpoint for {SCRIPT} ({e})"
+        reason = f"is not a checkpoint for {SCRIPT} ({e})"
     except DAMAGED:
-        reason = f"is no checkpoint of {SCRIPT}, or it is damaged"
+        reason = f"is not a checkpoint of {SCRIPT}, or it is damaged"
     raise Stop(f"{path} {reason}: take another, or train again")
 
 

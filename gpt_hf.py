@@ -584,7 +584,7 @@ def parse_args(argv) -> dict:
     if "sample_only" in given and idle:
         raise Stop(f"--{min(idle)} has no effect with --sample_only: leave one of them out")
     if "revision" in given and os.path.isdir(given.get("model_name", "")):
-        raise Stop("--revision needs a --model_name of the Hub, not a folder: leave it out")
+        raise Stop("--revision needs a --model_name on the Hub, not a folder: leave it out")
     return given
 
 
@@ -666,7 +666,7 @@ def find_pretrained(source: str, device, revision: str = "") -> Pretrained:
     local = os.path.isdir(source)
     a_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or os.path.exists(source)
     if a_path and not local:  # nor can it be a name on the Hub
-        raise Stop(f"there is no model folder {source}: name one, or a model of the Hub")
+        raise Stop(f"there is no model folder {source}: name one, or a model on the Hub")
     for offline in (True, False):
         try:
             return load_pretrained(source, device, revision, offline)
@@ -744,7 +744,7 @@ def check_pretrained(source: str, base: Pretrained, report: dict):
         model.train()(pairs)  # with dropout, too
         one, other = model.eval()(pairs).logits[:, 0]
     if model.config.is_encoder_decoder or not torch.allclose(one, other, atol=1e-5):
-        raise Stop(f"{source} is no causal language model: "
+        raise Stop(f"{source} is not a causal language model: "
                    f"{type(model).__name__} sees the future, as BERT does: name another")
     writes = model.generation_config  # sample_text sets its own
     sample_text(base, Config(prompt="Raz, dwa", max_new_tokens=2), 0)

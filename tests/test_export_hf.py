@@ -195,7 +195,7 @@ def test_what_is_no_run_is_refused(run, capsys):
     assert "no checkpoint at" in error_of(capsys, "nowhere", "hf")
     Path("empty").mkdir()
     assert "no checkpoint at" in error_of(capsys, "empty", "hf")
-    assert "no checkpoint of gpt_tiktoken.py" in error_of(capsys, "songs.txt", "hf")
+    assert "not a checkpoint of gpt_tiktoken.py" in error_of(capsys, "songs.txt", "hf")
     shutil.copy(run / "model_best.pt", "cut.pt")
     os.truncate("cut.pt", 10_000)
     assert "damaged" in error_of(capsys, "cut.pt", "hf")

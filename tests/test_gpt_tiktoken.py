@@ -1200,7 +1200,7 @@ def test_a_checkpoint_of_stage_1_is_refused(capsys):
     gpt.main(argv(**test_gpt.TINY, input="songs.txt", run_dir="one"))
     for way in (dict(resume=True, run_dir="one"), dict(sample_only=True, run_dir="one"),
                 dict(sample_only=True, load_url=address("one/model_best.pt"))):
-        assert "is no checkpoint for gpt_tiktoken.py (another script" in no(capsys, argv(**way))
+        assert "is not a checkpoint for gpt_tiktoken.py (another script" in no(capsys, argv(**way))
 
 
 ODD_TOKENIZERS = {
@@ -1231,7 +1231,7 @@ def test_a_checkpoint_with_an_odd_tokenizer_or_option_is_refused(run, odd, capsy
     for way in (argv(resume=True, run_dir="run"), argv(sample_only=True, run_dir="run"),
                 tiny(load_url=address("run/model_best.pt"), run_dir="new")):
         error = no(capsys, way)
-        assert "model_" in error and ("no checkpoint" in error or "damaged" in error)
+        assert "model_" in error and ("not a checkpoint" in error or "damaged" in error)
 
 
 def test_an_unknown_character_in_the_prompt_is_no_error(run):

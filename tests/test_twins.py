@@ -103,7 +103,7 @@ FINE_TUNING_OWN = {  # what stages 1 and 2 have in these, and what stage 3 has; 
     if "sample_only" in given and idle:
         raise Stop(f"--{min(idle)} has no effect with --sample_only: leave one of them out")
     if "revision" in given and os.path.isdir(given.get("model_name", "")):
-        raise Stop("--revision needs a --model_name of the Hub, not a folder: leave it out")"""),
+        raise Stop("--revision needs a --model_name on the Hub, not a folder: leave it out")"""),
     "run_folder": ("other names of folders; the best checkpoint is in the run's own", """\
     folder, best = Path(config.run_dir).resolve(), Path(config.save_path).resolve()
         raise Stop(f"another process writes to --run_dir {config.run_dir}: wait, or choose another") from None

@@ -428,7 +428,7 @@ def cell(run: Run, name: str) -> str:
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is text, figures stand on the right."""
+    """A Markdown table; the first column is text, figures are right-aligned."""
     lines = [heads, ["---"] + ["---:" if heads[1] != "verdict" else "---"] * (len(heads) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

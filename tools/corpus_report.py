@@ -50,7 +50,7 @@ NEAR = 4  # lines before and after a line that it may rhyme with
 DEVOICED = str.maketrans("bdgwzźżDŹŻ", "ptkfsśScćC")
 
 RICHNESS, KNOWN, DISTINCT_LINES = "distinct words per 10,000 words", "known words (Morfeusz2), %", "distinct lines, %"
-ASSONANCE, REPEATED = "lines with an assonance, %", "lines that stand earlier in their song, %"
+ASSONANCE, REPEATED = "lines with an assonance, %", "lines that occur earlier in their song, %"
 RHYMING, SHARED, XZ = "rhyming lines, %", "longest line shared by songs, characters", "xz bits per character"
 
 
@@ -260,7 +260,7 @@ def analyser():
 
 @lru_cache(maxsize=1_000_000)
 def is_known(word: str) -> bool:
-    """Does Morfeusz2 know a word, as it stands or lower-cased? Source: [M], which tags what its dictionary lacks `ign`."""
+    """Does Morfeusz2 know a word, as written or lower-cased? Source: [M], which tags what its dictionary lacks `ign`."""
     return any(all(tag[2] != "ign" for _, _, tag in analyser().analyse(form)) for form in (word, word.lower()))
 
 
