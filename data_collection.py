@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["lyricsgenius>=3.15,<4", "tqdm>=4.66.3"]
+# ///
 """Stage 0: collect the lyrics of one artist from Genius into a clean text file, for the other stages.
 
     python data_collection.py --artist "Tede"              # -> assets/input/tede.txt, tede.report.json

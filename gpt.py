@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.8", "tqdm>=4.66.3", "matplotlib>=3.9", "filelock>=3.16"]
+# ///
 """Stage 1: a GPT built by hand learns to write lyrics, one character at a time.
 
     python gpt.py            # two cores: 2 to 5 minutes, about 2.3 bits/char

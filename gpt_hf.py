@@ -1,3 +1,8 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.8", "transformers>=5.0", "datasets>=3.0", "accelerate>=1.7",
+#                 "tqdm>=4.66.3", "matplotlib>=3.9", "filelock>=3.16", "safetensors>=0.4.3"]
+# ///
 """Stage 3: a model that has read a lot of Polish learns the style of the lyrics.
 
     python gpt_hf.py --input lyrics.txt     # two cores: 20 minutes a megabyte

@@ -1,3 +1,8 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.8", "tiktoken>=0.12", "tokenizers>=0.22.1", "transformers>=5.0",
+#                 "tqdm>=4.66.3", "matplotlib>=3.9", "filelock>=3.16"]
+# ///
 """Stage 2: the same GPT on sub-words: what they buy, and what they cost.
 
     python gpt_tiktoken.py  # the gpt2 vocabulary; two cores: 2 to 4 minutes
