@@ -31,7 +31,7 @@ import time
 import unicodedata
 import urllib.request
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from http.client import HTTPException
 from pathlib import Path
 
@@ -66,7 +66,7 @@ LARGE = 2_000_000  # training tokens; with fewer, base memorizes: it was no bett
 EPOCHS = 12  # modern reads the text at most this often by default; after that it begins to memorize
 SHAPE = ("recipe", "n_layer", "n_head", "n_embd", "block_size", "recall")  # what the weights depend on
 # Set on the command line only, never by a loaded file: above all, where a run writes.
-UNINHERITED = {"run_dir", "save_path", "output", "load_url", "sample_only"}
+UNINHERITED = {"run_dir", "save_path", "output", "load_url", "sample_only", "interactive"}
 
 
 class Stop(Exception):
@@ -90,6 +90,7 @@ class Config:
     resume: bool = option(False, "continue from RUN_DIR/model_last.pt")
     load_url: str = option("", "start from the checkpoint at this http(s) or file address")
     sample_only: bool = option(False, "do not train: load the best checkpoint and write samples")
+    interactive: bool = option(False, "do not train: continue what you type, again and again")
     # the model
     size: str = option("auto", "auto: base on a GPU with a long text, else tiny", choices=("auto", *SIZES))
     recipe: str = option("modern", "modern, or the original's classic", choices=tuple(RECIPES))
@@ -718,6 +719,20 @@ def keep_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: map only what is larger
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return only what exceeds this
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of earlier runs in this process
+
+
+def peak_memory(device: str) -> float | None:
+    """The most memory so far, in MB: on a GPU that of tensors, else the process's. None on Windows."""
+    if device.startswith("cuda"):
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # bytes there, else KB
 
 
 # Several processes, as torchrun starts them: each has a rank. Only the first writes and prints.
@@ -795,6 +810,21 @@ def best_of(history: list[dict]) -> dict:
     return min(history, key=lambda record: record["val_loss"])
 
 
+def converse(config: Config, write):
+    """Continue what is typed, again and again, until Ctrl-D. write(config, number) yields a text, the prompt first."""
+    print("Type a beginning; Ctrl-D ends.")
+    for number in itertools.count():
+        try:
+            for piece in write(replace(config, prompt=as_text(input("> "))), number):
+                print(piece, end="", flush=True)
+            print()
+        except (Stop, UnicodeError) as e:  # such as a character that the model does not know
+            print(e)
+        except EOFError:  # Ctrl-D
+            print()
+            return
+
+
 # --------------------------------------------------------------------------------- options and text
 def check_values(options: dict):
     """Stop if an option is unknown, or its value has the wrong type or is out of range."""
@@ -806,6 +836,11 @@ def check_values(options: dict):
         low, high, choices = (f.metadata[limit] for limit in ("low", "high", "choices"))
         if choices and value not in choices or f.type in (int, float) and not low <= value <= high:
             raise Stop(f"--{name} {value}: must be {choices or f'a finite number, at least {low} and at most {high:g}'}")
+
+
+def as_text(typed: str) -> str:
+    """Composed characters, as in the texts. Bytes that are not UTF-8 come as lone surrogates: they are dropped."""
+    return unicodedata.normalize("NFC", typed.encode(errors="ignore").decode())
 
 
 def parse_args(argv) -> dict:
@@ -826,8 +861,10 @@ def parse_args(argv) -> dict:
         parser.add_argument(f"--{f.name}", help=f.metadata["help"] + note, **kind)
     given = vars(parser.parse_args(argv))
     check_values(given)  # ranges; argparse has checked types and choices
-    if "prompt" in given:  # bytes that are not UTF-8 come from a shell as lone surrogates: drop them
-        given["prompt"] = unicodedata.normalize("NFC", given["prompt"].encode(errors="ignore").decode())
+    if "prompt" in given:
+        given["prompt"] = as_text(given["prompt"])
+    if "interactive" in given:
+        given["sample_only"] = True
     return given
 
 
@@ -908,7 +945,7 @@ def read_corpus(path: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------- checkpoints
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 NAN = "the loss turned NaN: lower --learning_rate"
 DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError,
            pickle.UnpicklingError, zipfile.BadZipFile)  # what a file of another kind may raise
@@ -1107,7 +1144,8 @@ def write_report(folder: str, history: list[dict], facts: dict) -> dict:
     rate = last["iter"] * facts["tokens_per_step"] / max(last["seconds"], 1e-9)
     metrics = dict(
         facts, stage=STAGE, val_loss=best["val_loss"], val_bpc=best["val_bpc"], best_iter=best["iter"], iters=last["iter"],
-        seconds=last["seconds"], tokens_per_second=rate, chars_per_second=rate * facts["chars_per_token"])
+        seconds=last["seconds"], tokens_per_second=rate, chars_per_second=rate * facts["chars_per_token"],
+        peak_memory_mb=peak_memory(facts["device"]))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
     for name, color, label in (("train_loss", "#0072B2", "training"), ("val_loss", "#D55E00", "validation")):
@@ -1199,11 +1237,15 @@ def run(given: dict) -> dict:
     tokenizer, train_data, val_data, facts = read_data(given, saved)
     tokenizer.encode(given.get("prompt", ""))  # Stop if a character is unknown
     config = make_config(given, device, len(train_data))
-    check_targets(config)  # before anything is written
+    if not config.interactive:
+        check_targets(config)  # before anything is written
     if config.sample_only:
         model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
         model.load_state_dict(saved["model"])
-        write_samples(model, tokenizer, config, saved["context"])
+        if config.interactive:
+            converse(config, lambda config, number: sample_text(model, tokenizer, config, saved["context"], number))
+        else:
+            write_samples(model, tokenizer, config, saved["context"])
         return best_of(saved["history"])
     if len(train_data) <= config.block_size or len(val_data) < 2:
         raise Stop(f"{config.input} is too short ({facts['characters']:,} characters) for --block_size "

@@ -3,13 +3,19 @@
 A server imports torch once and forks; each child then does what `python SCRIPT ARGV > OUTPUT 2>&1` would.
 """
 
+import fcntl
 import itertools
 import multiprocessing
 import os
+import pty
+import re
 import resource
 import runpy
+import select
 import signal
+import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -87,3 +93,23 @@ def die_in(name, call):
         return real(*args)
 
     setattr(os, name, deadly)
+
+
+def talk(script, argv, typed):
+    """Run the script in a pseudo-terminal, type each of the bytes when it asks; (what the terminal shows, the exit status)."""
+    shown, typed, (ours, its) = b"", iter(typed), pty.openpty()
+    environment = os.environ | dict(OMP_NUM_THREADS="1", TERM="dumb", PYTHONIOENCODING="utf-8:strict")
+    process = subprocess.Popen([sys.executable, script, *argv], stdin=its, stdout=its, stderr=its, env=environment,
+                               preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)))
+    os.close(its)
+    try:
+        while select.select([ours], [], [], 300)[0]:
+            shown += os.read(ours, 2**16)
+            if re.search(rb"\n> $", shown):
+                os.write(ours, next(typed, b"too few"))
+    except OSError:  # the script has ended, and with it its terminal
+        pass
+    finally:
+        os.close(ours)  # hangs up
+        status = process.wait(60)
+    return shown.decode("utf-8", "replace").replace("\r\n", "\n"), status

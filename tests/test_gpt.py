@@ -987,6 +987,8 @@ def test_a_run_leaves_its_files_and_returns_its_metrics(stage, trained):
     metrics, last = json.loads((run / "metrics.json").read_text()), checkpoint(run / "model_last.pt")
     assert {"stage", "params", "vocab_size", "chars_per_token", "tokens_per_vocab_entry", "val_loss", "val_bpc", "best_iter",
             "iters", "seconds", "tokens_per_second", "device", "dtype", "seed"} <= metrics.keys()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # of this process, which only grows
+    assert 100 < metrics["peak_memory_mb"] <= most + 1
     assert metrics["params"] == sum(p.numel() for p in last["model"].values())
     assert metrics["vocab_size"] == len(set(text) | {"\0"}) and metrics["chars_per_token"] == 1
     assert metrics["tokens_per_vocab_entry"] == len(stage.split_corpus(text)[0]) / metrics["vocab_size"]
@@ -1001,6 +1003,16 @@ def test_a_run_leaves_its_files_and_returns_its_metrics(stage, trained):
     assert last.keys() == {"stage", "format_version", "config", "tokenizer", "model", "optimizers", "scaler", "history",
                            "context", "corpus_sha256"}
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("system, unit", [("linux", 2**10), ("darwin", 2**20), ("win32", None)])
+def test_peak_memory_in_each_system_s_unit(stage, monkeypatch, system, unit):
+    monkeypatch.setattr(sys, "platform", system)
+    if not unit:
+        monkeypatch.setitem(sys.modules, "resource", None)  # Windows has no such module
+        assert stage.peak_memory("cpu") is None
+    else:
+        assert stage.peak_memory("cpu") == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, rel=0.05)
 
 
 def test_main_returns_what_metrics_json_holds(stage):
