@@ -8,6 +8,7 @@
     python gpt_hf.py --input lyrics.txt     # two cores: 20 minutes a megabyte
     python gpt_hf.py --model_name FOLDER    # any causal model on this machine
     python gpt_hf.py --freeze_layers 8 --batch_size 1    # small machine
+    python gpt_hf.py --lora 16 --learning_rate 1e-3      # large model
     python gpt_hf.py --resume               # continue after Ctrl-C or a crash
     python gpt_hf.py --sample_only --prompt "Noc nad miastem"
     torchrun --nproc_per_node=2 gpt_hf.py   # several GPUs
@@ -21,6 +22,8 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
+import itertools
 import json
 import math
 import os
@@ -33,7 +36,7 @@ import time
 import unicodedata
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,11 +76,13 @@ class Config:
     output_dir: str = option("assets/hf_model", "folder for everything that the run writes")
     resume: bool = option(False, "continue from the last checkpoint in OUTPUT_DIR")
     sample_only: bool = option(False, "do not train: load OUTPUT_DIR/model and write samples")
+    interactive: bool = option(False, "do not train: continue what you type, again and again")
     # the model
     model_name: str = option("flax-community/papuGaPT2", "pre-trained model: a Hub name or a folder")
     revision: str = option("", "branch, tag or commit on the Hub (default: the newest)")
     block_size: int = option(0, "tokens in a block (0: the model's context, at most 512)")
     freeze_layers: int = option(0, "freeze the embeddings and the first N layers")
+    lora: int = option(0, "train adapters of this rank alone (0: off); try a --learning_rate of 1e-3", 0, 1024)
     # training
     epochs: int = option(3, "passes over the training text", 1)
     max_steps: int = option(0, "stop after N steps, if the epochs have more (0: no limit)")
@@ -88,6 +93,7 @@ class Config:
     warmup: float = option(0.1, "linear warm-up: below 1 a fraction of the steps, else their number")
     patience: int = option(0, "stop after N epochs without a better validation loss (0: never)")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    report_to: str = option("none", "where the Trainer reports to, such as tensorboard or wandb")
     # the computer
     device: str = option("auto", "auto: the first available", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "auto: the fastest", choices=("auto", "float32", "bfloat16", "float16"))
@@ -111,10 +117,11 @@ class Pretrained(NamedTuple):
     context: int  # how many tokens the model sees
 
 
-def load_pretrained(source: str, device, revision: str = "", offline: bool = True) -> Pretrained:
+def load_pretrained(source: str, device, revision: str = "", offline: bool = True, dtype=torch.float32) -> Pretrained:
     """The causal language model in a folder or on the Hub.
 
-    Stages 1 and 2 begin with random weights; these were learned from gigabytes of text.
+    Stages 1 and 2 begin with random weights; these were learned from gigabytes of text. In the 16 bits
+    that some of them come in, small steps would be rounded away: so they are trained in float32.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -124,9 +131,8 @@ def load_pretrained(source: str, device, revision: str = "", offline: bool = Tru
     if getattr(settings, "activation_function", "") == "gelu_new":
         settings.activation_function = "gelu_pytorch_tanh"  # the same in one kernel: faster, less memory
     tokenizer = library(AutoTokenizer.from_pretrained, source, **where)
-    # float32: in the 16 bits that some models come in, small steps would be rounded away.
     model, report = AutoModelForCausalLM.from_pretrained(
-        source, config=settings, dtype=torch.float32, ignore_mismatched_sizes=True,
+        source, config=settings, dtype=dtype, ignore_mismatched_sizes=True,
         output_loading_info=True, **where)
     model.tie_weights()  # transformers before 5.4 does not tie what a .bin file stores twice
     model.config.use_cache = True  # for generation; the Trainer turns it off, and saves that
@@ -152,6 +158,29 @@ def freeze(model, count: int):
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding) or module in layers[:count]:
                 module.requires_grad_(False)
+
+
+def add_adapters(base: Pretrained, config: Config) -> Pretrained:
+    """LoRA (Hu et al., arXiv:2106.09685): each matrix W stays as it is, and x W + 2 x A B is computed in its place.
+
+    A has `rank` columns, B as many rows: of a W of 1024 x 1024 and a rank of 16, 33 thousand numbers
+    are trained, not a million. So gradients and AdamW take hardly any memory, and W may have 16 bits.
+    """
+    import peft
+
+    torch.manual_seed(config.seed)  # A is drawn at random; B is zero, so at first nothing changes
+    with warnings.catch_warnings(action="ignore"):  # peft sees by itself that GPT-2's are transposed
+        model = peft.get_peft_model(base.model, peft.LoraConfig(
+            task_type="CAUSAL_LM", r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear"))
+    return base._replace(model=model)
+
+
+def merge_adapters(base: Pretrained, checkpoint: Path) -> Pretrained:
+    """Add a checkpoint's 2 A B to each W: a model as it was before, which peft is not needed for."""
+    base.model.load_adapter(checkpoint, "default")
+    model = base.model.merge_and_unload()
+    model.config.use_cache = True  # as load_pretrained has it
+    return base._replace(model=model)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -292,6 +321,7 @@ class ExactTrainer:
         loss, step, total = logs["loss"], self.state.global_step, self.config.max_steps
         if not math.isfinite(loss):
             raise Stop(NAN, 1)  # the last checkpoint is older
+        self.callback_handler.on_log(self.args, self.state, self.control, logs)  # to --report_to
         self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         self.bar.update()
         if step % max(1, total // 10) == 0:
@@ -321,6 +351,7 @@ class ExactTrainer:
         bits = f" = {val_bpc:.3f} bits/char" if val_bpc else ""
         say(f"step {step:>5}  epoch {epoch:.2f}  train {train_loss:.3f}  val {val_loss:.3f} nats/token{bits}"
             + "  best" * best)
+        self.callback_handler.on_log(self.args, self.state, self.control, dict(history[-1]))
         write_report(self.config, history, self.facts)  # metrics and plot
         if is_done(history, self.config):
             self.control.should_training_stop = True
@@ -337,7 +368,7 @@ class ExactTrainer:
 
 def fine_tune(config: Config, base: Pretrained, data: Data, facts: dict, checkpoint: str) -> list[dict]:
     """Train, from the checkpoint if there is one. Returns a record for each evaluation."""
-    from transformers import Trainer, TrainingArguments, default_data_collator
+    from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
     class LyricsTrainer(ExactTrainer, Trainer):
         """transformers' Trainer, with exact figures."""
@@ -349,7 +380,7 @@ def fine_tune(config: Config, base: Pretrained, data: Data, facts: dict, checkpo
     arguments = TrainingArguments(
         config.output_dir,
         seed=config.seed,  # for the order of the blocks and for dropout
-        report_to="none", disable_tqdm=True,  # we print our own lines
+        report_to=config.report_to, disable_tqdm=True,  # we print our own lines
         # The steps: AdamW, a rate that rises and then falls to zero, gradients clipped to norm 1.
         max_steps=config.max_steps, per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -364,11 +395,12 @@ def fine_tune(config: Config, base: Pretrained, data: Data, facts: dict, checkpo
         # The computer: half the bits in matrix products, float32 in the weights.
         bf16=facts["dtype"] == "bfloat16", fp16=facts["dtype"] == "float16",
         use_cpu=device == "cpu", dataloader_pin_memory=device == "cuda",
-        **{less_memory: config.gradient_checkpointing})
+        **{less_memory: config.gradient_checkpointing or config.lora > 0})
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs: torchrun, not the slow DataParallel
     trainer = LyricsTrainer(
         model=base.model, args=arguments, processing_class=base.tokenizer,
         data_collator=default_data_collator, train_dataset=data.blocks, eval_dataset=data.val)
+    trainer.remove_callback(PrinterCallback)
     trainer.config, trainer.data, trainer.facts = config, data, facts
     trainer.began = None  # the clock
     done = int(checkpoint.rpartition("-")[2] or 0)  # steps
@@ -475,6 +507,20 @@ def keep_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: map only what is larger
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return only what exceeds this
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of earlier runs in this process
+
+
+def peak_memory(device: str) -> float | None:
+    """The most memory so far, in MB: on a GPU that of tensors, else the process's. None on Windows."""
+    if device.startswith("cuda"):
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # bytes there, else KB
 
 
 # Several processes, as torchrun starts them: each has a rank. Only the first writes and prints.
@@ -546,13 +592,28 @@ def by_repetition(base: Pretrained, data: Data, config: Config) -> dict:
     return dict(refrain_share=share, refrain_bpc=bits(marks), other_bpc=bits(~marks))
 
 
+def converse(config: Config, write):
+    """Continue what is typed, again and again, until Ctrl-D. write(config, number) yields a text, the prompt first."""
+    print("Type a beginning; Ctrl-D ends.")
+    for number in itertools.count():
+        try:
+            for piece in write(replace(config, prompt=as_text(input("> "))), number):
+                print(piece, end="", flush=True)
+            print()
+        except (Stop, UnicodeError) as e:  # such as a character that the model does not know
+            print(e)
+        except EOFError:  # Ctrl-D
+            print()
+            return
+
+
 # --------------------------------------------------------------------------------- options and text
 # With --resume these must stay the same, as they change what a step computes. Others may change;
 # epochs and max_steps may only grow.
 FIXED = {"model_name", "revision", "batch_size", "gradient_accumulation_steps", "block_size",
-         "learning_rate", "weight_decay", "warmup", "freeze_layers", "seed"}
+         "learning_rate", "weight_decay", "warmup", "freeze_layers", "lora", "seed"}
 # What has an effect with --sample_only.
-SAMPLING = {"output_dir", "sample_only", "seed", "device", "dtype", "prompt", "num_samples",
+SAMPLING = {"output_dir", "sample_only", "interactive", "seed", "device", "dtype", "prompt", "num_samples",
             "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size"}
 
 
@@ -566,6 +627,11 @@ def check_values(options: dict):
         low, high, choices = (f.metadata[limit] for limit in ("low", "high", "choices"))
         if choices and value not in choices or f.type in (int, float) and not low <= value <= high:
             raise Stop(f"--{name} {value}: must be {choices or f'a finite number, at least {low} and at most {high:g}'}")
+
+
+def as_text(typed: str) -> str:
+    """Composed characters, as in the texts. Bytes that are not UTF-8 come as lone surrogates: they are dropped."""
+    return unicodedata.normalize("NFC", typed.encode(errors="ignore").decode())
 
 
 def parse_args(argv) -> dict:
@@ -583,8 +649,10 @@ def parse_args(argv) -> dict:
         parser.add_argument(f"--{f.name}", help=f.metadata["help"] + note, **kind)
     given = vars(parser.parse_args(argv))
     check_values(given)  # ranges; argparse has checked types and choices
-    if "prompt" in given:  # bytes that are not UTF-8 come from a shell as lone surrogates: drop them
-        given["prompt"] = unicodedata.normalize("NFC", given["prompt"].encode(errors="ignore").decode())
+    if "prompt" in given:
+        given["prompt"] = as_text(given["prompt"])
+    if "interactive" in given:
+        given["sample_only"] = True
     idle = given.keys() - SAMPLING
     if "sample_only" in given and idle:
         raise Stop(f"--{min(idle)} has no effect with --sample_only: leave one of them out")
@@ -655,7 +723,7 @@ DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, Ari
            pickle.UnpicklingError, zipfile.BadZipFile)  # what a file of another kind may raise
 
 
-def find_pretrained(source: str, device, revision: str = "") -> Pretrained:
+def find_pretrained(source: str, device, revision: str = "", dtype=torch.float32) -> Pretrained:
     """load_pretrained, first without the network: a downloaded model needs none. Stop says why it fails."""
     # Otherwise a thread asks the Hub to convert weights in an old format.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -674,7 +742,7 @@ def find_pretrained(source: str, device, revision: str = "") -> Pretrained:
         raise Stop(f"there is no model folder {source}: name one, or a model on the Hub")
     for offline in (True, False):
         try:
-            return load_pretrained(source, device, revision, offline)
+            return load_pretrained(source, device, revision, offline, dtype)
         except (*DAMAGED, OSError, ImportError, SafetensorError, StrictDataclassError) as e:
             reason = " ".join(str(e).split())[:200] or type(e).__name__
         if local:
@@ -748,7 +816,8 @@ def check_pretrained(source: str, base: Pretrained, report: dict):
     with torch.no_grad():
         model.train()(pairs)  # with dropout, too
         one, other = model.eval()(pairs).logits[:, 0]
-    if model.config.is_encoder_decoder or not torch.allclose(one, other, atol=1e-5):
+    near = max(1e-5, 4 * torch.finfo(one.dtype).eps)
+    if model.config.is_encoder_decoder or not torch.allclose(one, other, near, near):
         raise Stop(f"{source} is not a causal language model: "
                    f"{type(model).__name__} sees the future, as BERT does: name another")
     writes = model.generation_config  # sample_text sets its own
@@ -893,7 +962,7 @@ def run_folder(config: Config, facts: dict):
         folder.mkdir(exist_ok=True)
         for unfinished in folder.rglob("*.tmp"):  # left by a kill
             unfinished.unlink()
-        packages = "torch", "transformers", "datasets", "accelerate"
+        packages = "torch", "transformers", "datasets", "accelerate", *["peft"] * (config.lora > 0)
         versions = {name: version(name) for name in packages}
         write_json(folder / "config.json", dict(facts, options=asdict(config), versions=versions))
         yield
@@ -916,7 +985,8 @@ def write_report(config: Config, history: list[dict], facts: dict, **copied) -> 
         facts, stage=STAGE, val_loss_before=before["val_loss"], val_bpc_before=before["val_bpc"],
         val_loss=best["val_loss"], val_bpc=best["val_bpc"], train_bpc=best["train_bpc"],
         best_iter=best["iter"], iters=last["iter"], epochs=last["epoch"], seconds=last["seconds"],
-        tokens_per_second=tokens / max(last["seconds"], 1e-9), **copied)
+        tokens_per_second=tokens / max(last["seconds"], 1e-9),
+        peak_memory_mb=peak_memory(facts["device"]), **copied)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel="loss, nats per token")
     epochs = [record["epoch"] for record in history]
@@ -959,6 +1029,20 @@ KNOWN = {"alloc": MEMORY, "out of memory": MEMORY,
          "connection": "another process of this run is gone"}
 
 
+def check_extras(options: dict):
+    """Stop if an option asks for a package that is not installed, or for another one to be left out."""
+    if options["lora"] and not importlib.util.find_spec("peft"):
+        raise Stop("--lora needs the package peft: pip install peft")
+    if options["lora"] and options["freeze_layers"]:
+        raise Stop("--lora leaves all layers as they are: leave out --freeze_layers")
+    if options["report_to"] != "none":
+        from transformers.integrations import get_available_reporting_integrations
+
+        known = ["none", "all", *get_available_reporting_integrations()]
+        if options["report_to"] not in known:
+            raise Stop(f"--report_to {options['report_to']} is not installed here: take one of {', '.join(known)}")
+
+
 def make_facts(config: Config, base: Pretrained, data: Data, text: str) -> dict:
     """Facts about a run before it starts."""
     model = base.model
@@ -977,15 +1061,20 @@ def sample(config: Config, device) -> dict:
     folder = Path(config.output_dir)
     if not is_run(folder) or not (folder / "model").is_dir():
         raise Stop(f"there is no model in {folder}: train first, or name the run's --output_dir")
-    write_samples(find_pretrained(str(folder / "model"), device), config, "sample.txt")
+    base = find_pretrained(str(folder / "model"), device, dtype="auto")  # as it was written
+    if config.interactive:
+        converse(config, lambda config, number: [config.prompt, sample_text(base, config, number)])
+    else:
+        write_samples(base, config, "sample.txt")
     return read_json(folder / "metrics.json")
 
 
-def finish(config: Config, history: list[dict], facts: dict, data: Data, device) -> dict:
+def finish(config: Config, history: list[dict], facts: dict, data: Data, base: Pretrained) -> dict:
     """Save the best model to OUTPUT_DIR/model, and samples. Returns the metrics, now with the copy rate."""
     folder = Path(config.output_dir)
     # From its checkpoint: load_best_model_at_end does nothing if a run is resumed after its last step.
-    base = find_pretrained(str(folder / f"checkpoint-{best_of(history)['iter']}"), device)
+    best = folder / f"checkpoint-{best_of(history)['iter']}"
+    base = merge_adapters(base, best) if config.lora else find_pretrained(str(best), base.model.device)
     texts = write_samples(base, config, "sample.txt")
     new = folder / "model.new"  # if killed here, --resume writes it again
     shutil.rmtree(new, ignore_errors=True)  # half-written
@@ -1015,6 +1104,7 @@ def run(given: dict) -> dict:
         raise Stop("--dtype float16 needs a GPU: use --dtype auto")
     if options["sample_only"]:
         return sample(Config(**options), device)
+    check_extras(options)
     check_targets(options)
     text = read_corpus(options["input"])
     sha256 = hashlib.sha256(text.encode()).hexdigest()
@@ -1022,16 +1112,23 @@ def run(given: dict) -> dict:
         raise Stop("--input is not the text that this run began with (its SHA-256 differs): give that one, "
                    "or start a new run in another --output_dir")
     checkpoint, history = last_checkpoint(Path(options["output_dir"])) if old_run else ("", [])
-    if checkpoint:
+    dtype = torch.float32
+    if options["lora"]:
+        if options["dtype"] == "auto" and device.type == "cpu":
+            options["dtype"] = "bfloat16"
+        dtype = mixed_precision(options["dtype"], device).fast_dtype
+    if checkpoint and not options["lora"]:  # there, a checkpoint holds the adapters alone
         base = find_pretrained(checkpoint, device)
     else:
-        base = find_pretrained(options["model_name"], device, options["revision"])
+        base = find_pretrained(options["model_name"], device, options["revision"], dtype)
     options["block_size"] = options["block_size"] or min(512, base.context)
     if options["block_size"] > base.context:
         raise Stop(f"--block_size {options['block_size']} is beyond the model's context: at most {base.context}")
     data = prepare(text, base, options["block_size"])
     config = make_config(options, data.blocks, history)
     freeze(base.model, config.freeze_layers)
+    if config.lora:
+        base = add_adapters(base, config)
     facts = make_facts(config, base, data, text)
     join_processes(asdict(config) | facts)
     keep_memory()
@@ -1048,7 +1145,7 @@ def run(given: dict) -> dict:
         if not history or not is_done(history, config):
             history = fine_tune(config, base, data, facts, checkpoint)
         if RANK == 0:
-            return finish(config, history, facts, data, device)
+            return finish(config, history, facts, data, base)
         return write_report(config, history, facts)
 
 

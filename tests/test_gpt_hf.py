@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +35,7 @@ TINY = ["--block_size", "32", "--batch_size", "4", "--learning_rate", "3e-3", "-
         "2", "--device", "cpu", "--dtype", "float32"]
 KEYS = set("stage params vocab_size chars_per_token tokens_per_vocab_entry val_loss val_bpc best_iter iters seconds "
            "tokens_per_second device dtype seed val_bpc_before copy_rate copy_longest epochs "
-           "refrain_share refrain_bpc other_bpc".split())
+           "refrain_share refrain_bpc other_bpc peak_memory_mb".split())
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +441,7 @@ def assert_as_uninterrupted(folder, metrics, finished):
     """The same weights, bit by bit, the same figures but for the clock's, the same samples."""
     assert_same(folder, finished[1])
     assert_same(folder / f"checkpoint-{metrics['best_iter']}", finished[1] / f"checkpoint-{metrics['best_iter']}")
-    clock = ("seconds", "tokens_per_second")
+    clock = ("seconds", "tokens_per_second", "peak_memory_mb")
     assert {key: metrics[key] for key in metrics if key not in clock} == {
         key: finished[0][key] for key in metrics if key not in clock}
     assert (folder / "output/sample.txt").read_text() == (finished[1] / "output/sample.txt").read_text()
@@ -483,6 +485,121 @@ def test_kills_at_random_moments_change_nothing(made, finished, tmp_path, spawn,
         print(f"run {seed}: killed at {moment[0] or 'any moment'} {moment[1] or ''}; {kept}, half written: {half}")
     assert_as_uninterrupted(tmp_path / "run", gpt_hf.main(argv), finished)
     print(f"run {seed}: the same weights after {steps} steps as uninterrupted")
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+LORA = ["--lora", "4", "--learning_rate", "1e-2", "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def adapted(made, tmp_path_factory):
+    """The metrics and the folder of a run with adapters."""
+    out = tmp_path_factory.mktemp("adapted") / "run"
+    return gpt_hf.main(arguments(made, out, *LORA)), out
+
+
+def adapters(checkpoint):
+    return load_file(checkpoint / "adapter_model.safetensors")
+
+
+def trained_logits(made, out, ids, dtype=torch.float32):
+    """The logits of the base model with the best checkpoint's adapters beside it, by peft alone."""
+    import peft
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(made / "gpt2", dtype=dtype)
+    best = json.loads((out / "metrics.json").read_text())["best_iter"]
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of what transformers will call otherwise
+        return peft.PeftModel.from_pretrained(base, out / f"checkpoint-{best}").eval()(ids).logits
+
+
+WITHOUT_PEFT = """import sys
+sys.modules["peft"] = None  # as if it were not installed
+import torch, transformers
+ids, folder, result = torch.arange(1, 61)[None], *sys.argv[1:]
+model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+assert not any(report.values()), report
+torch.save(model.eval()(ids).logits.detach(), result)
+"""
+
+
+def test_adapters_learn_and_are_merged_into_a_model_that_needs_no_peft(made, adapted, tmp_path, capfd):
+    metrics, out = adapted
+    assert metrics["val_bpc"] < metrics["val_bpc_before"] and metrics["copy_rate"] is not None
+    assert metrics["trainable"] < metrics["params"] / 5 and metrics.keys() >= KEYS
+    assert {path.name for path in (out / "model").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    before, after = weights(made / "gpt2"), weights(out)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and moved == {name for name in before if re.search(r"\.(c_\w+)\.weight", name)}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_PEFT, out / "model", tmp_path / "logits"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ids = torch.arange(1, 61)[None]
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), trained_logits(made, out, ids), atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_weights_have_16_bits_and_adapters_32(made, tmp_path, capfd):
+    metrics = gpt_hf.main(arguments(made, tmp_path / "run", *LORA, "--dtype", "auto", "--batch_size", "2"))
+    assert metrics["dtype"] == "bfloat16" and metrics["val_bpc"] < metrics["val_bpc_before"]
+    captured = capfd.readouterr()
+    assert captured.err == "" and "arning" not in captured.out
+    out, best = tmp_path / "run", tmp_path / "run" / f"checkpoint-{metrics['best_iter']}"
+    assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in adapters(best).values()} == {torch.float32}
+    base = gpt_hf.find_pretrained(str(out / "model"), "cpu", dtype="auto")
+    assert base.model.dtype == torch.bfloat16 and base.model.config.use_cache
+    ids = torch.arange(1, 61)[None]
+    torch.testing.assert_close(  # what merging rounds: 8 bits of each weight
+        base.model(ids).logits, trained_logits(made, out, ids, torch.bfloat16), atol=0.05, rtol=0.05)
+    texts = (out / "output/sample.txt").read_text()
+    gpt_hf.main(["--sample_only", "--output_dir", str(out), "--max_new_tokens", "20", "--num_samples", "2", "--device", "cpu"])
+    assert (out / "output/sample.txt").read_text() == texts
+
+
+def test_a_killed_run_with_adapters_ends_with_the_same_bits(made, adapted, tmp_path, spawn):
+    process = spawn(arguments(made, tmp_path / "run", *LORA), ("step", adapted[0]["iters"] - 2))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert "model.safetensors" not in os.listdir(checkpoint)  # the adapters alone
+    metrics = gpt_hf.main(resume(tmp_path / "run"))
+    assert_same(tmp_path / "run", adapted[1])
+    ours, theirs = (adapters(folder / f"checkpoint-{metrics['iters']}") for folder in (tmp_path / "run", adapted[1]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert metrics["val_bpc"] == adapted[0]["val_bpc"]
+    assert (tmp_path / "run/output/sample.txt").read_text() == (adapted[1] / "output/sample.txt").read_text()
+
+
+def test_adapters_for_another_architecture(made, tmp_path):
+    hf_models.save(tmp_path / "qwen3", hf_models.qwen3())
+    metrics = gpt_hf.main(arguments(made, tmp_path / "run", *LORA, "--model_name", str(tmp_path / "qwen3"), "--max_steps", "9"))
+    assert metrics["val_bpc"] < metrics["val_bpc_before"]
+    before, after = weights(tmp_path / "qwen3"), weights(tmp_path / "run")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if name.endswith("_proj.weight")}
+
+
+def test_without_peft_there_is_a_command_to_install_it(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    status, line = error_of(capsys, arguments(made, tmp_path / "run", *LORA))
+    assert status == 2 and "pip install peft" in line and os.listdir(tmp_path) == []
+
+
+def test_a_trainer_s_integration_is_handed_each_loss(made, tmp_path, monkeypatch, capsys):
+    from transformers.integrations import integration_utils
+
+    class Book(transformers.TrainerCallback):
+        pages = []
+
+        def on_log(self, args, state, control, logs=None, **_):
+            self.pages.append((state.global_step, logs))
+
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Book)
+    gpt_hf.main(arguments(made, tmp_path / "run", "--max_steps", "3", "--report_to", "tensorboard"))
+    assert {step for step, logs in Book.pages if "loss" in logs} == {1, 2, 3}
+    assert [step for step, logs in Book.pages if "eval_val_bpc" in logs] == [0, 3]
+    assert "{'loss'" not in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -833,7 +950,8 @@ def test_a_short_text_is_told_a_length_that_is_enough(made, tmp_path, capsys):
     (["--device", "cuda"], "cuda"), (["--batch_size", "two"], "--batch_size"), (["--model_name", "x y"], "x y"),
     (["--model_name", "/nowhere/at/all"], "no model folder"), (["--resume"], "no run to resume"),
     (["--sample_only"], "no effect with --sample_only"), (["--revision", "main"], "--revision needs"),
-    (["--seed", "4294967296"], "--seed"), (["stray"], "stray")])
+    (["--seed", "4294967296"], "--seed"), (["stray"], "stray"), (["--lora", "4", "--freeze_layers", "1"], "--freeze_layers"),
+    (["--report_to", "nobody"], "nobody"), (["--lora", "-1"], "--lora")])
 def test_options_that_do_not_work(made, tmp_path, capsys, argv, words):
     if "cuda" in argv and torch.cuda.is_available():
         pytest.skip("there is a GPU")

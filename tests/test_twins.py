@@ -120,7 +120,7 @@ FINE_TUNING_OWN = {  # what stages 1 and 2 have in these, and what stage 3 has; 
     folder = Path(config.output_dir).resolve()
         raise Stop(f"another process writes to --output_dir {config.output_dir}: "
                    "wait, or choose another") from None
-        packages = "torch", "transformers", "datasets", "accelerate"
+        packages = "torch", "transformers", "datasets", "accelerate", *["peft"] * (config.lora > 0)
         versions = {name: version(name) for name in packages}
         if any(folder.glob(f"checkpoint-*/{CHECKSUMS}")):
             e.add_note("the last good checkpoint is kept")
@@ -275,8 +275,8 @@ def functions(script):
 
 
 # How many functions and classes each script shares with each: one that is renamed on one side is no longer compared.
-SHARED = {TWINS: len(functions("gpt") - ALONE.keys()), ("gpt", "gpt_hf"): 32, ("gpt", "data_collection"): 3,
-          ("gpt_tiktoken", "gpt_hf"): 33, ("gpt_tiktoken", "data_collection"): 3, ("gpt_hf", "data_collection"): 3}
+SHARED = {TWINS: len(functions("gpt") - ALONE.keys()), ("gpt", "gpt_hf"): 35, ("gpt", "data_collection"): 3,
+          ("gpt_tiktoken", "gpt_hf"): 36, ("gpt_tiktoken", "data_collection"): 3, ("gpt_hf", "data_collection"): 3}
 every_pair = pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 
 
