@@ -20,11 +20,13 @@ from types import SimpleNamespace
 import busy
 import generate
 import gpu
+import hf_models
 import hf_step
 import large_corpus
 import prose
 import pytest
 import quality
+import smollm2
 import time_to_loss
 import tokenizer_files
 import torch
@@ -310,6 +312,17 @@ def test_transfer_compares_fine_tuning_with_training_from_scratch(monkeypatch, c
 
 
 # ------------------------------------------------------------------------------------------- data
+def test_smollm2_fine_tunes_fully_and_with_adapters(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(smollm2.subprocess, "run", in_process)
+    model = hf_models.save(tmp_path / "model", hf_models.qwen3())  # in SmolLM2's place
+    (tmp_path / "songs.txt").write_text(hf_models.corpus(), encoding="utf-8")
+    smollm2.main([str(model), "--input", str(tmp_path / "songs.txt"), "--steps", "4", "--block_size", "16"])
+    out = capsys.readouterr().out
+    rows = {way: figures([trained, *numbers]) for way, trained, _, *numbers in table(out, "full", "lora")}
+    assert rows["lora"][0] < rows["full"][0] and len(out.split("```text")) == 3
+    assert all(after < before and seconds > 0 and peak > 0.1 for _, before, after, seconds, peak in rows.values())
+
+
 def test_prose_makes_a_corpus_and_a_tokenizer(capsys, tmp_path):
     share = tmp_path / "packages/usr/share"
     (share / "php/Faker/Provider/pl_PL").mkdir(parents=True)

@@ -598,7 +598,7 @@ def test_a_trainer_s_integration_is_handed_each_loss(made, tmp_path, monkeypatch
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Book)
     gpt_hf.main(arguments(made, tmp_path / "run", "--max_steps", "3", "--report_to", "tensorboard"))
     assert {step for step, logs in Book.pages if "loss" in logs} == {1, 2, 3}
-    assert [step for step, logs in Book.pages if "eval_val_bpc" in logs] == [0, 3]
+    assert [step for step, logs in Book.pages if "val_bpc" in logs] == [0, 3]
     assert "{'loss'" not in capsys.readouterr().out
 
 

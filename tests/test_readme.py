@@ -21,7 +21,7 @@ def commands():
     """Each command of the shell blocks that runs one of the scripts, in words: the script, then its options."""
     for block in re.findall("```bash\n(.*?)```", README, re.DOTALL):
         for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
-            words = shlex.split(line, comments=True)
+            words = shlex.split(line.replace("uv run", "python"), comments=True)  # which installs what the script asks for
             starts = [i for i, word in enumerate(words) if word.endswith(".py")]
             if starts:
                 assert words[0] in ("python", "torchrun"), line
