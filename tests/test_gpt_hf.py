@@ -1044,9 +1044,10 @@ def test_processes_with_other_options_stop(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(made, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--lora", "4"]], ids=["all weights", "adapters"])
+def test_two_processes_train_as_one(made, tmp_path, more):
     hf_models.save(tmp_path / "base", hf_models.gpt2(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
-    same = ["--model_name", str(tmp_path / "base"), "--epochs", "1"]
+    same = ["--model_name", str(tmp_path / "base"), "--epochs", "1", *more]
     one = gpt_hf.main(arguments(made, tmp_path / "one", *same, "--batch_size", "4"))
     argv = arguments(made, tmp_path / "two", *same, "--batch_size", "2")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", gpt_hf.__file__, *argv],
