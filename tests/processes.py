@@ -3,7 +3,6 @@
 A server imports torch once and forks; each child then does what `python SCRIPT ARGV > OUTPUT 2>&1` would.
 """
 
-import fcntl
 import itertools
 import multiprocessing
 import os
@@ -15,7 +14,6 @@ import select
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
@@ -97,16 +95,24 @@ def die_in(name, call):
 
 def talk(script, argv, typed):
     """Run the script in a pseudo-terminal, type each of the bytes when it asks; (what the terminal shows, the exit status)."""
-    shown, typed, (ours, its) = b"", iter(typed), pty.openpty()
+    shown, last, typed, (ours, its) = b"", b"", iter(typed), pty.openpty()
+    deadline = time.monotonic() + 300
     environment = os.environ | dict(OMP_NUM_THREADS="1", TERM="dumb", PYTHONIOENCODING="utf-8:strict")
-    process = subprocess.Popen([sys.executable, script, *argv], stdin=its, stdout=its, stderr=its, env=environment,
-                               preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)))
+    # Its controlling terminal, for Ctrl-C. By a program of its own: after a fork of threads little is safe.
+    code = ("import fcntl, runpy, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); sys.argv = sys.argv[1:]; "
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    process = subprocess.Popen([sys.executable, "-c", code, script, *argv], stdin=its, stdout=its, stderr=its,
+                               env=environment, start_new_session=True)
     os.close(its)
     try:
-        while select.select([ours], [], [], 300)[0]:
-            shown += os.read(ours, 2**16)
-            if re.search(rb"\n> $", shown):
-                os.write(ours, next(typed, b"too few"))
+        while time.monotonic() < deadline:
+            if select.select([ours], [], [], 1)[0]:
+                shown += os.read(ours, 2**16)
+                if re.search(rb"\n> $", shown):
+                    last = next(typed, b"too few")
+                    os.write(ours, last)
+            elif last == b"\x03":  # Python misses a Ctrl-C that comes just before it waits for a line
+                os.write(ours, last)
     except OSError:  # the script has ended, and with it its terminal
         pass
     finally:

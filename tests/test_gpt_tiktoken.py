@@ -919,7 +919,7 @@ def test_a_resumed_run_has_all_options_but_where_it_reads_and_writes(shared):
     old, new = (json.loads(Path("moved/config.json").read_text())["options"], checkpoint("moved/model_last.pt")["config"])
     assert old == new and metrics["seed"] == 3
     given = dict(run_dir="moved", save_path="moved/model_best.pt", output="moved/output/sample.txt", tokenizer_path="",
-                 resume=True, max_iters=2, sample_only=False, load_url="")
+                 resume=True, max_iters=2, sample_only=False, interactive=False, load_url="")
     assert gpt_tiktoken.UNINHERITED | {"resume", "max_iters"} == given.keys()
     first = gpt_tiktoken.make_config(gpt_tiktoken.parse_args(tiny(
         tokenizer="polish", prune_vocab=True, top_k=3, max_iters=1, seed=3)), CPU)
