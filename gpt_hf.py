@@ -36,7 +36,7 @@ import time
 import unicodedata
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +82,7 @@ class Config:
     revision: str = option("", "branch, tag or commit on the Hub (default: the newest)")
     block_size: int = option(0, "tokens in a block (0: the model's context, at most 512)")
     freeze_layers: int = option(0, "freeze the embeddings and the first N layers")
-    lora: int = option(0, "train adapters of this rank alone (0: off); try a --learning_rate of 1e-3", 0, 1024)
+    lora: int = option(0, "train only adapters of this rank (0: off); try --learning_rate 1e-3", 0, 1024)
     # training
     epochs: int = option(3, "passes over the training text", 1)
     max_steps: int = option(0, "stop after N steps, if the epochs have more (0: no limit)")
@@ -93,7 +93,7 @@ class Config:
     warmup: float = option(0.1, "linear warm-up: below 1 a fraction of the steps, else their number")
     patience: int = option(0, "stop after N epochs without a better validation loss (0: never)")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
-    report_to: str = option("none", "where the Trainer reports to, such as tensorboard or wandb")
+    report_to: str = option("none", "where the Trainer logs to, such as tensorboard or wandb")
     # the computer
     device: str = option("auto", "auto: the first available", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "auto: the fastest", choices=("auto", "float32", "bfloat16", "float16"))
@@ -161,22 +161,22 @@ def freeze(model, count: int):
 
 
 def add_adapters(base: Pretrained, config: Config) -> Pretrained:
-    """LoRA (Hu et al., arXiv:2106.09685): each matrix W stays as it is, and x W + 2 x A B is computed in its place.
+    """LoRA (Hu et al., arXiv:2106.09685): each matrix W is frozen, and x W becomes x W + 2 x A B.
 
-    A has `rank` columns, B as many rows: of a W of 1024 x 1024 and a rank of 16, 33 thousand numbers
-    are trained, not a million. So gradients and AdamW take hardly any memory, and W may have 16 bits.
+    A has `rank` columns and B as many rows: for a W of 1024 x 1024 and rank 16, 33 thousand numbers are
+    trained instead of a million, so gradients and AdamW need little memory, and W may have 16 bits.
     """
     import peft
 
     torch.manual_seed(config.seed)  # A is drawn at random; B is zero, so at first nothing changes
-    with warnings.catch_warnings(action="ignore"):  # peft sees by itself that GPT-2's are transposed
+    with warnings.catch_warnings(action="ignore"):  # peft notices that GPT-2's are transposed
         model = peft.get_peft_model(base.model, peft.LoraConfig(
             task_type="CAUSAL_LM", r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear"))
     return base._replace(model=model)
 
 
 def merge_adapters(base: Pretrained, checkpoint: Path) -> Pretrained:
-    """Add a checkpoint's 2 A B to each W: a model as it was before, which peft is not needed for."""
+    """Add a checkpoint's 2 A B to each W. The result is an ordinary model that does not need peft."""
     base.model.load_adapter(checkpoint, "default")
     model = base.model.merge_and_unload()
     model.config.use_cache = True  # as load_pretrained has it
@@ -426,7 +426,7 @@ def sampling_settings(config: Config, end: int):
         bos_token_id=end, eos_token_id=end, pad_token_id=end, **draw)
 
 
-def sample_text(base: Pretrained, config: Config, number: int) -> str:
+def sample_text(base: Pretrained, config: Config, number: int, prompt=None) -> str:
     """What the model writes after the prompt, up to the end of the song. Same seed and number, same text.
 
     When the context is full, its last half is kept and read again: no position beyond the limit is used.
@@ -434,7 +434,7 @@ def sample_text(base: Pretrained, config: Config, number: int) -> str:
     device = base.model.device
     base.model.generation_config = sampling_settings(config, base.end)
     torch.manual_seed(hash((config.seed, -1, number)))
-    prompt = encode(config.prompt, base)[0] or [base.end]  # a song starts where another ends
+    prompt = encode(config.prompt if prompt is None else prompt, base)[0] or [base.end]  # a song starts where another ends
     ids, seen = [], len(prompt)  # seen: how many of all tokens the model looks back at
     while len(ids) < config.max_new_tokens and base.end not in ids[-1:]:
         if seen >= base.context:  # full
@@ -592,12 +592,12 @@ def by_repetition(base: Pretrained, data: Data, config: Config) -> dict:
     return dict(refrain_share=share, refrain_bpc=bits(marks), other_bpc=bits(~marks))
 
 
-def converse(config: Config, write):
-    """Continue what is typed, again and again, until Ctrl-D. write(config, number) yields a text, the prompt first."""
+def converse(write):
+    """Continue what is typed, again and again, until Ctrl-D. write(prompt, number) yields a text, the prompt first."""
     print("Type a beginning; Ctrl-D ends.")
     for number in itertools.count():
         try:
-            for piece in write(replace(config, prompt=as_text(input("> "))), number):
+            for piece in write(as_text(input("> ")), number):
                 print(piece, end="", flush=True)
             print()
         except (Stop, UnicodeError) as e:  # such as a character that the model does not know
@@ -1034,7 +1034,7 @@ def check_extras(options: dict):
     if options["lora"] and not importlib.util.find_spec("peft"):
         raise Stop("--lora needs the package peft: pip install peft")
     if options["lora"] and options["freeze_layers"]:
-        raise Stop("--lora leaves all layers as they are: leave out --freeze_layers")
+        raise Stop("--lora freezes all layers: leave out --freeze_layers")
     if options["report_to"] != "none":
         from transformers.integrations import get_available_reporting_integrations
 
@@ -1063,7 +1063,7 @@ def sample(config: Config, device) -> dict:
         raise Stop(f"there is no model in {folder}: train first, or name the run's --output_dir")
     base = find_pretrained(str(folder / "model"), device, dtype="auto")  # as it was written
     if config.interactive:
-        converse(config, lambda config, number: [config.prompt, sample_text(base, config, number)])
+        converse(lambda prompt, number: [prompt, sample_text(base, config, number, prompt)])
     else:
         write_samples(base, config, "sample.txt")
     return read_json(folder / "metrics.json")

@@ -37,7 +37,7 @@ import unicodedata
 import urllib.request
 import zipfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from http.client import HTTPException
 from pathlib import Path
 
@@ -750,12 +750,13 @@ def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_
         new = token[:, None]  # (B, 1)
 
 
-def sample_text(model, tokenizer, config: Config, context: int, number=0, length=None):
+def sample_text(model, tokenizer, config: Config, context: int, number=0, length=None, prompt=None):
     """Yield a text piece by piece, the prompt first. The same seed and number give the same text."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(hash((config.seed, -1, number)))
-    idx = tokenizer.encode(config.prompt or tokenizer.start).long().to(device)[None]  # (1, T)
-    yield config.prompt  # not drawn, but part of the text
+    prompt = config.prompt if prompt is None else prompt
+    idx = tokenizer.encode(prompt or tokenizer.start).long().to(device)[None]  # (1, T)
+    yield prompt  # not drawn, but part of the text
     # On a CPU, with one position at a time, casts to bfloat16 cost more than they save.
     with mixed_precision("float32" if device.type == "cpu" else config.dtype, device):
         tokens = generate(model, idx, length or config.max_new_tokens, context,
@@ -981,12 +982,12 @@ def best_of(history: list[dict]) -> dict:
     return min(history, key=lambda record: record["val_loss"])
 
 
-def converse(config: Config, write):
-    """Continue what is typed, again and again, until Ctrl-D. write(config, number) yields a text, the prompt first."""
+def converse(write):
+    """Continue what is typed, again and again, until Ctrl-D. write(prompt, number) yields a text, the prompt first."""
     print("Type a beginning; Ctrl-D ends.")
     for number in itertools.count():
         try:
-            for piece in write(replace(config, prompt=as_text(input("> "))), number):
+            for piece in write(as_text(input("> ")), number):
                 print(piece, end="", flush=True)
             print()
         except (Stop, UnicodeError) as e:  # such as a character that the model does not know
@@ -1549,7 +1550,7 @@ def run(given: dict) -> dict:
         model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
         model.load_state_dict(saved["model"])
         if config.interactive:
-            converse(config, lambda config, number: sample_text(model, tokenizer, config, saved["context"], number))
+            converse(lambda prompt, number: sample_text(model, tokenizer, config, saved["context"], number, None, prompt))
         else:
             write_samples(model, tokenizer, config, saved["context"])
         return best_of(saved["history"])

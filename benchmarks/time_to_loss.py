@@ -1,13 +1,13 @@
 """How much sooner does gpt.py reach the loss that nanoGPT's published laptop settings end with?
 
-    python benchmarks/time_to_loss.py --input FILE [--seeds 3]
+    python benchmarks/time_to_loss.py --input FILE [--seeds 3] [--steps 90]
 
 Peer: a plain loop with those settings: 4 layers, 4 heads, 128 wide, context 64, batch 12, no dropout, GELU, LayerNorm
 without biases, tied head, scaled_dot_product_attention, fused AdamW (0.9, 0.99), float32, 1e-3 to 1e-4 (cosine, warm-up
 100), weight decay 0.1, clip 1.0, 2,000 steps. Its full-validation loss at the end is the target.
 Ours: gpt.py's own model and loop with OURS, at most 5 % more parameters, the same text and split; the time until its
 full-validation loss is at or below the target. Both are validated on the same characters in consecutive windows, each
-with its own context. Training time only, in turn, medians over the seeds.
+with its own context. Training time only, in turn, medians over the seeds. --steps: as many as ours needs on this text.
 """
 
 import argparse
@@ -29,8 +29,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpt  # noqa: E402
 
-# What ours runs with; max_iters is the length that its schedule is planned for.
-OURS = dict(n_layer=2, n_head=4, n_embd=128, block_size=64, batch_size=16, max_iters=200, learning_rate=1e-2,
+# What ours runs with; max_iters, or --steps, is the length that its schedule is planned for.
+OURS = dict(n_layer=2, n_head=4, n_embd=128, block_size=64, batch_size=16, max_iters=90, learning_rate=1e-2,
             dropout=0.0, grow=0)
 PEER_STEPS = 2000
 
@@ -112,12 +112,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=OURS["max_iters"])
     args = parser.parse_args(argv)
+    ours = OURS | dict(max_iters=args.steps)
     train_text, val_text = gpt.split_corpus(gpt.read_corpus(args.input))
     tokenizer = gpt.make_tokenizer({}, train_text + val_text, None)
     train_ids, val_ids = tokenizer.encode(train_text), tokenizer.encode(val_text)
     window = gpt.make_config(dict(block_size=64, batch_size=64, dtype="float32"), torch.device("cpu"))
-    print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {OURS}")
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {ours}")
     fast = gpt.mixed_precision("auto", torch.device("cpu")).fast_dtype
     ratios = {name: [] for name in dict.fromkeys((str(fast).removeprefix("torch."), "float32"))}  # what auto takes first
     for seed in range(args.seeds):
@@ -126,7 +128,7 @@ def main(argv=None):
         size = sum(p.numel() for p in peer.parameters())
         print(f"seed {seed}: peer {size:,} parameters, {target:.3f} after {peer_seconds:.1f} s", flush=True)
         for dtype in ratios:
-            params, loss, seconds = train_ours(args.input, seed, dict(OURS, dtype=dtype))
+            params, loss, seconds = train_ours(args.input, seed, dict(ours, dtype=dtype))
             ratios[dtype].append(peer_seconds / seconds if loss <= target else 0)
             print(f"    ours in {dtype}: {params:,} parameters, {loss:.3f} after {seconds:.1f} s; "
                   f"{'reached' if loss <= target else 'NOT REACHED'}, {peer_seconds / seconds:.1f} times faster", flush=True)
