@@ -439,10 +439,11 @@ def figures(rows: list[Run], names, first: str = "text") -> str:
     return table(heads, [[run.name, *(cell(run, name) for name in names)] for run in rows])
 
 
-def opening(run: Run, lines: int) -> str:
-    """The first lines of a run's first text."""
-    text = run.texts[0].strip("\n").split("\n")
-    return "```text\n" + "\n".join(text[:lines]).rstrip() + "\n```"
+def excerpt(run: Run, number: int, lines: int) -> str:
+    """The first lines of a run's text, so many, that have no blank line between them, else its very first ones."""
+    text = run.texts[number % len(run.texts)].strip("\n") + "\n"
+    found = re.search(rf"(?:^.+\n){{{lines}}}", text, re.MULTILINE) or re.search(rf"(?:.*\n){{1,{lines}}}", text)
+    return f"```text\n{found[0].rstrip()}\n```"
 
 
 def short_row(run: Run) -> list[str]:
@@ -463,7 +464,7 @@ def blocks(runs: list[Run], texts: list[Run], yards: list[Run]) -> dict[str, str
         if not run.last:
             best.setdefault(run.stage, run)
             best.setdefault("first", run)
-    return found | {f"sample {stage}": f"`{run.name}`:\n\n{opening(run, 4)}"
+    return found | {f"sample {stage}": f"`{run.name}`:\n\n{excerpt(run, 0 if stage == 'first' else 1, 4)}"
                     for stage, run in best.items()}
 
 
@@ -495,7 +496,7 @@ def markdown(runs: list[Run], texts: list[Run], parts: dict[str, str], source: s
             ("## Songs", ("verse_lines", "song_verses", "headers", "distinct_lines", "repeated"))):
         sections += [heading, figures(written, names)]
     sections += ["## What they make of refrains in the validation text", figures(runs, REFRAINS, "run"), "## Samples"]
-    sections += [f"**{run.name}**\n\n{opening(run, 8)}" for run in written]
+    sections += [f"**{run.name}**\n\n{excerpt(run, 0, 8)}" for run in written]
     return "\n\n".join([*sections, *(part for name, part in parts.items() if name.startswith("sample"))]) + "\n"
 
 
