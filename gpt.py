@@ -812,7 +812,10 @@ def best_of(history: list[dict]) -> dict:
 
 
 def converse(write):
-    """Continue what is typed, again and again, until Ctrl-D. write(prompt, number) yields a text, the prompt first."""
+    """Continue what is typed, again and again, until Ctrl-D.
+
+    write(prompt, number) yields the pieces of a text, the prompt first.
+    """
     print("Type a beginning; Ctrl-D ends.")
     for number in itertools.count():
         try:
@@ -1244,7 +1247,8 @@ def run(given: dict) -> dict:
         model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
         model.load_state_dict(saved["model"])
         if config.interactive:
-            converse(lambda prompt, number: sample_text(model, tokenizer, config, saved["context"], number, None, prompt))
+            converse(lambda prompt, number: sample_text(
+                model, tokenizer, config, saved["context"], number, prompt=prompt))
         else:
             write_samples(model, tokenizer, config, saved["context"])
         return best_of(saved["history"])

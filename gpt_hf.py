@@ -593,7 +593,10 @@ def by_repetition(base: Pretrained, data: Data, config: Config) -> dict:
 
 
 def converse(write):
-    """Continue what is typed, again and again, until Ctrl-D. write(prompt, number) yields a text, the prompt first."""
+    """Continue what is typed, again and again, until Ctrl-D.
+
+    write(prompt, number) yields the pieces of a text, the prompt first.
+    """
     print("Type a beginning; Ctrl-D ends.")
     for number in itertools.count():
         try:
