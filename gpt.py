@@ -155,8 +155,10 @@ class CharTokenizer:
             raise Stop(f"the model's text has no {min(unknown)!r}: leave that character out")
         ids = torch.empty(len(text), dtype=self.number_of.dtype)
         for begin in range(0, len(text), 2**20):  # in parts, to save memory
-            codes = bytearray(text[begin:begin + 2**20], "utf-32-le")  # four bytes a character
-            ids[begin:begin + 2**20] = self.number_of[torch.frombuffer(codes, dtype=torch.int32)]
+            end = begin + 2**20
+            part = bytearray(text[begin:end], "utf-32-le")  # four bytes a character
+            codes = torch.frombuffer(part, dtype=torch.int32)
+            ids[begin:end] = self.number_of[codes]
         return ids
 
     def stream(self, ids):
@@ -169,7 +171,8 @@ class CharTokenizer:
 
     def describe(self, text: str, ids: torch.Tensor) -> dict:
         """How the vocabulary fits the training text. Density: how often an entry is seen on average."""
-        return dict(vocab_size=self.vocab_size, chars_per_token=1, tokens_per_vocab_entry=len(ids) / self.vocab_size)
+        density = len(ids) / self.vocab_size
+        return dict(vocab_size=self.vocab_size, chars_per_token=1, tokens_per_vocab_entry=density)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -178,10 +181,13 @@ def split_corpus(text: str) -> tuple[str, str]:
 
     If there is none between 85 and 95 %, at the line end nearest to 90 %; failing that, at exactly 90 %.
     """
-    target, low, high = (round(len(text) * share) for share in (0.90, 0.85, 0.95))
+    target = round(0.90 * len(text))
+    low = max(1, round(0.85 * len(text)))  # neither part may be empty
+    high = min(len(text) - 1, round(0.95 * len(text)))
     for mark in (END, "\n"):
-        cuts = [text.rfind(mark, 0, target) + 1, text.find(mark, target) + 1]  # before the target, after it
-        cuts = [cut for cut in cuts if max(low, 1) <= cut <= min(high, len(text) - 1)]
+        before = text.rfind(mark, 0, target) + 1
+        after = text.find(mark, target) + 1
+        cuts = [cut for cut in (before, after) if low <= cut <= high]
         if cuts:
             target = min(cuts, key=lambda cut: abs(cut - target))
             break
@@ -204,8 +210,9 @@ def recall(ids: torch.Tensor, n: int, none: int, end: int = -1) -> torch.Tensor:
         start = max(0, begin - REACH - n)
         part = ids[start:begin + 2**20].long()
         key = (part == end).cumsum(0)  # a hash of the song's number
-        for _ in range(n):  # and the last n tokens; int64 wraps around
-            key = F.pad(key, (1, 0))[:-1] * 1_000_003 + part + 1
+        for _ in range(n):  # and the last n tokens
+            previous = F.pad(key, (1, 0))[:-1]  # the key one position earlier
+            key = previous * 1_000_003 + part + 1  # int64 wraps around
         order = key.argsort(stable=True)  # equal keys side by side, in the order of the text
         before, here = order[:-1], order[1:]
         again = (key[before] == key[here]) & (here - before <= REACH)
@@ -279,16 +286,19 @@ def draw_batch(data, config: Config, step: int, rank: int, world: int) -> torch.
     count = config.grad_accum * rows * world  # rows in this step, in all processes
     if config.recipe == "classic":
         generator = torch.Generator().manual_seed(hash((config.seed, step)))
-        starts = torch.randint(len(data) - size, (count,), generator=generator)[rank::world]
+        starts = torch.randint(len(data) - size, (count,), generator=generator)
+        starts = starts[rank::world]  # this process's share
     else:
         per_epoch = max(1, len(data) // size)  # rows
         numbers = torch.arange(step * count + rank, (step + 1) * count, world)  # rows of the whole run
-        first, last = step * count // per_epoch, ((step + 1) * count - 1) // per_epoch
+        first = step * count // per_epoch  # the epoch of the step's first row
+        last = ((step + 1) * count - 1) // per_epoch  # and of its last: a step may span two
         epochs = [shuffled_windows(len(data), size, hash((config.seed, epoch)))
-                  for epoch in range(first, last + 1)]  # a step may span two
+                  for epoch in range(first, last + 1)]
         starts = torch.cat(epochs)[numbers - first * per_epoch]
-    places = starts[:, None] + torch.arange(size + 1)  # (rows, T + 1)
-    return read_at(data, places % len(data)).view(config.grad_accum, rows, size + 1, -1)
+    places = starts[:, None] + torch.arange(size + 1)  # (grad_accum * rows, T + 1)
+    read = read_at(data, places % len(data))  # after the end comes the beginning
+    return read.view(config.grad_accum, rows, size + 1, -1)
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -309,13 +319,14 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         self.n_head, self.block_size = config.n_head, config.block_size
         self.modern = config.recipe == "modern"
-        self.query = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.key = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.value = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.modern)  # mixes the heads
+        C = config.n_embd
+        self.query = nn.Linear(C, C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C, bias=False)
+        self.proj = nn.Linear(C, C, bias=not self.modern)  # mixes the heads
         self.dropout = Dropout(config.dropout)
         if self.modern:  # QK-norm (Henry et al., arXiv:2010.04245) keeps the scores within bounds
-            self.qk_norm = nn.LayerNorm(config.n_embd // config.n_head, bias=False)
+            self.qk_norm = nn.LayerNorm(C // config.n_head, bias=False)
 
     def forward(self, x, mask, rope=None, cache=None):
         """Mix into each position what came before it. x: (B, T, C); mask: (T, S), 0 or -inf."""
@@ -329,10 +340,12 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:  # in generation, k and v of earlier positions are kept
             S = mask.size(1)  # all positions so far, the last T of them new
             if self not in cache:
-                cache[self] = k.new_empty(2, B, self.n_head, self.block_size, C // self.n_head)
-            cache[self][..., S - T:S, :] = torch.stack((k, v))
-            k, v = cache[self][..., :S, :]  # (B, nh, S, hs) each
-        scores = (q * k.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, nh, T, S)
+                cache[self] = k.new_empty(2, B, self.n_head, self.block_size, q.size(-1))
+            kept = cache[self][..., :S, :]  # (2, B, nh, S, hs)
+            kept[..., S - T:, :] = torch.stack((k, v))
+            k, v = kept
+        q = q * q.size(-1) ** -0.5  # or scores grow with the size of a head
+        scores = q @ k.transpose(-2, -1)  # (B, nh, T, S)
         scores = scores + mask.to(scores.dtype)  # -inf hides the future
         weights = self.dropout(scores.softmax(dim=-1))  # each row sums to 1
         out = weights @ v  # (B, nh, T, hs)
@@ -346,12 +359,13 @@ class FeedForward(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.modern = config.recipe == "modern"
-        hidden = 4 * config.n_embd
+        C = config.n_embd
+        hidden = 4 * C
         if self.modern:  # three matrices at two thirds of the width: as many parameters as two
-            hidden = 32 * max(1, round(config.n_embd * 8 / 3 / 32))
-            self.gate = nn.Linear(config.n_embd, hidden, bias=False)
-        self.up = nn.Linear(config.n_embd, hidden, bias=not self.modern)
-        self.down = nn.Linear(hidden, config.n_embd, bias=not self.modern)
+            hidden = 32 * max(1, round(C * 8 / 3 / 32))
+            self.gate = nn.Linear(C, hidden, bias=False)
+        self.up = nn.Linear(C, hidden, bias=not self.modern)
+        self.down = nn.Linear(hidden, C, bias=not self.modern)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
@@ -369,8 +383,9 @@ class Block(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         # Without a bias it is RMSNorm (arXiv:1910.07467) of a centred x, and faster on a CPU.
-        self.norm1 = nn.LayerNorm(config.n_embd, bias=config.recipe == "classic")
-        self.norm2 = nn.LayerNorm(config.n_embd, bias=config.recipe == "classic")
+        bias = config.recipe == "classic"
+        self.norm1 = nn.LayerNorm(config.n_embd, bias=bias)
+        self.norm2 = nn.LayerNorm(config.n_embd, bias=bias)
         self.attention = MultiHeadAttention(config)
         self.feed_forward = FeedForward(config)
 
@@ -387,22 +402,24 @@ class GPTLanguageModel(nn.Module):
         super().__init__()
         self.modern = config.recipe == "modern"
         self.orders = recall_orders(config)
+        T, C = config.block_size, config.n_embd  # context and width
         entries = vocab_size + (1 if self.orders else 0)  # the last one: nothing is recalled
-        self.token_embedding = nn.Embedding(entries, config.n_embd)  # C numbers for each token
-        self.recall = nn.ModuleList(nn.Linear(config.n_embd, config.n_embd, bias=False) for _ in self.orders)
+        self.token_embedding = nn.Embedding(entries, C)  # C numbers for each token
+        self.recall = nn.ModuleList(nn.Linear(C, C, bias=False) for _ in self.orders)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd, bias=not self.modern)  # before the head
-        self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=not self.modern)
-        T = config.block_size  # the context
-        self.register_buffer("mask", torch.full((T, T), -math.inf).triu(1), persistent=False)
+        self.norm = nn.LayerNorm(C, bias=not self.modern)  # before the head
+        self.lm_head = nn.Linear(C, vocab_size, bias=not self.modern)
+        future = torch.full((T, T), -math.inf).triu(1)  # 0 up to each position, -inf after it
+        self.register_buffer("mask", future, persistent=False)
         if self.modern:
-            head_size = config.n_embd // config.n_head  # hs
+            head_size = C // config.n_head  # hs
             speed = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)  # radians per position
             angles = torch.outer(torch.arange(T), speed).repeat(1, 2)  # (T, hs), for both halves
             signs = torch.tensor([-1, 1]).repeat_interleave(head_size // 2)  # see rotate
-            self.register_buffer("rope", torch.stack((angles.cos(), angles.sin() * signs)), persistent=False)
+            rope = torch.stack((angles.cos(), angles.sin() * signs))  # (2, T, hs)
+            self.register_buffer("rope", rope, persistent=False)
         else:
-            self.position_embedding = nn.Embedding(T, config.n_embd)
+            self.position_embedding = nn.Embedding(T, C)
         self.apply(self.init_weights)
         for matrix in self.recall:  # training adds as much of recall as helps
             nn.init.zeros_(matrix.weight)
@@ -430,8 +447,9 @@ class GPTLanguageModel(nn.Module):
         rope = self.rope[:, past:S] if self.modern else None
         if not self.modern:
             x = x + self.position_embedding.weight[past:S]
+        mask = self.mask[past:S, :S]  # (T, S)
         for block in self.blocks:
-            x = block(x, self.mask[past:S, :S], rope, cache)
+            x = block(x, mask, rope, cache)
         logits = self.lm_head(self.norm(x))  # (B, T, vocab_size)
         if targets is None:
             return logits
@@ -446,7 +464,8 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """
     if matrices.size(1) > matrices.size(2):  # take the smaller of the two Gram matrices
         return orthogonalize(matrices.mT, steps).mT
-    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    norms = matrices.norm(dim=(1, 2), keepdim=True)
+    x = matrices / norms.clamp(min=1e-7)  # now no singular value is above 1
     for _ in range(steps):
         a = x @ x.mT  # (n, rows, rows)
         a = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a a
@@ -468,14 +487,16 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """One step for all parameters."""
         for group in self.param_groups:
-            params, lr, beta = group["params"], group["lr"], group["momentum"]  # matrices of the same shape
+            params = group["params"]  # matrices of the same shape
+            lr, beta = group["lr"], group["momentum"]
             grad = torch.stack([p.grad for p in params])  # (n, rows, cols)
             momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad))
             momentum.lerp_(grad, 1 - beta)  # a running mean of the gradients
             updates = orthogonalize(grad.lerp_(momentum, beta))  # Nesterov: look one step ahead
             scale = 0.2 * math.sqrt(max(params[0].shape))  # as large as a typical step of AdamW
             for p, update in zip(params, updates):
-                p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * scale)
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(update, alpha=-lr * scale)
 
 
 def make_optimizers(model: GPTLanguageModel, config: Config) -> list[torch.optim.Optimizer]:
@@ -491,7 +512,8 @@ def make_optimizers(model: GPTLanguageModel, config: Config) -> list[torch.optim
         else:
             rest.append(p)
     adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
-    return [Muon([dict(params=group) for group in shapes.values()], lr, decay), adamw]
+    groups = [dict(params=matrices) for matrices in shapes.values()]
+    return [Muon(groups, lr, decay), adamw]
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -499,7 +521,8 @@ def learning_rate(config: Config, step: int) -> float:
     if config.recipe == "classic":
         return config.learning_rate
     rise = (step + 1) / (config.warmup_iters + 1)  # small steps at first
-    fall = (config.max_iters - step) / max(1, config.max_iters - config.warmup_iters)  # and at the end
+    steps_to_fall = max(1, config.max_iters - config.warmup_iters)
+    fall = (config.max_iters - step) / steps_to_fall  # and at the end
     return config.learning_rate * min(rise, fall)
 
 
@@ -512,17 +535,25 @@ def token_losses(model, data, config: Config, context: int) -> torch.Tensor:
     window, every token is predicted from at least half a context, as in generation.
     """
     model.eval()
-    device, step, losses = next(model.parameters()).device, max(1, context // 2), []
+    device = next(model.parameters()).device
+    step = max(1, context // 2)
     rows = config.batch_size * (config.block_size // context)  # as many tokens as in training,
-    rows = min(rows, max(1, 2**24 // (context * model.lm_head.out_features)))  # or 64 MB of logits
-    starts = torch.arange(0, max(1, len(data) - 1 - context + step), step).split(rows)
-    for start in starts[:config.eval_iters or None]:  # (B,)
+    most = 2**24 // (context * model.lm_head.out_features)  # or 64 MB of logits
+    rows = min(rows, max(1, most))
+    last = len(data) - 1 - context + step
+    starts = torch.arange(0, max(1, last), step)
+    losses = []
+    for start in starts.split(rows)[:config.eval_iters or None]:  # (B,)
         places = start[:, None] + torch.arange(context + 1)  # (B, T + 1)
-        read = read_at(data, places.clamp(max=len(data) - 1)).to(device)  # (B, T + 1, 1 + orders)
+        read = read_at(data, places.clamp(max=len(data) - 1))  # (B, T + 1, 1 + orders)
+        read = read.to(device)
+        inputs = read[:, :-1, 0]  # (B, T)
+        recalled = read[:, :-1, 1:]  # (B, T, orders)
+        targets = read[:, 1:, 0].flatten()  # (B * T,)
         with mixed_precision(config.dtype, device):
-            logits = model(read[:, :-1, 0], recalled=read[:, :-1, 1:])  # (B, T, vocab_size)
-        targets = read[:, 1:, 0].flatten()
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")  # (B * T,)
+            logits = model(inputs, recalled=recalled)  # (B, T, vocab_size)
+        logits = logits.flatten(0, 1).float()  # (B * T, vocab_size)
+        nats = F.cross_entropy(logits, targets, reduction="none")  # (B * T,)
         new = places[:, 1:] < len(data)  # within the text,
         new[start > 0, :context - step] = False  # and not in the previous window
         losses.append(nats.cpu()[new.flatten()])
@@ -535,8 +566,10 @@ def evaluate(model, data, tokenizer, config: Config, context: int) -> tuple[floa
     Bits per character, nats / (ln 2 * characters), can be compared between tokenizers.
     """
     nats = token_losses(model, data, config, context)
-    chars = tokenizer.count_chars(data[1:len(nats) + 1, 0])  # a token may be several characters
-    return nats.mean().item(), nats.sum().item() / (math.log(2) * chars.sum().item())
+    ids = data[1:len(nats) + 1, 0]
+    chars = tokenizer.count_chars(ids).sum().item()  # a token may be several characters
+    bits = nats.sum().item() / math.log(2)
+    return nats.mean().item(), bits / chars
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -544,13 +577,16 @@ def draw_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one token per row from the scores: logits (B, vocab_size), result (B,)."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1)  # the likeliest
-    scores, order = (logits.float() / temperature).sort(dim=-1, descending=True)
-    probs = scores[:, :top_k or None].softmax(dim=-1)  # (B, k), the likeliest first
+    scores = logits.float() / temperature
+    scores, order = scores.sort(dim=-1, descending=True)  # the likeliest first
+    probs = scores[:, :top_k or None].softmax(dim=-1)  # (B, k)
     if probs.isnan().any():
         raise Stop(NAN, 1)
     if top_p < 1:  # nucleus sampling (Holtzman et al., arXiv:1904.09751)
-        probs[probs.cumsum(dim=-1) - probs >= top_p] = 0  # the ones before already add up to top_p
-    return order.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)
+        likelier = probs.cumsum(dim=-1) - probs  # the sum of those before it
+        probs[likelier >= top_p] = 0
+    drawn = torch.multinomial(probs, 1, generator=generator)  # places in that order, (B, 1)
+    return order.gather(-1, drawn).squeeze(1)
 
 
 @torch.inference_mode()
@@ -563,18 +599,22 @@ def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_
     """
     model.eval()
     memories = [Memory(model.orders, model.lm_head.out_features, end) for _ in idx]
-    seen = torch.empty(len(idx), 0, 1 + len(model.orders), dtype=torch.long, device=idx.device)
-    new = idx
+    rows = [[] for _ in idx]  # for each row its tokens, with what each recalls
+    new = idx  # (B, T)
     cache, past = {}, 0  # past: how many positions the cache holds
     for _ in range(max_new_tokens):
-        recalled = [[memory.add(token) for token in row] for memory, row in zip(memories, new.tolist())]
-        new = torch.cat((new[..., None], torch.tensor(recalled, device=idx.device).long()), dim=2)
-        seen = torch.cat((seen, new), dim=1)[:, -context:]
-        if past + new.size(1) > context:
-            new, cache, past = seen[:, -(context // 2):] if past else seen, {}, 0
-        logits = model(new[..., 0], recalled=new[..., 1:], cache=cache, past=past)[:, -1]  # (B, vocab_size)
-        past += new.size(1)
-        token = draw_token(logits, temperature, top_k, top_p, generator)
+        for row, memory, tokens in zip(rows, memories, new.tolist()):
+            row.extend([token, *memory.add(token)] for token in tokens)
+        T = new.size(1)
+        if past + T > context:  # full
+            T = max(1, context // 2) if past else context
+            cache, past = {}, 0
+        read = torch.tensor([row[-T:] for row in rows], device=idx.device)  # (B, T, 1 + orders)
+        idx = read[..., 0]  # (B, T)
+        recalled = read[..., 1:]  # (B, T, orders)
+        logits = model(idx, recalled=recalled, cache=cache, past=past)  # (B, T, vocab_size)
+        past += T
+        token = draw_token(logits[:, -1], temperature, top_k, top_p, generator)
         yield token
         new = token[:, None]  # (B, 1)
 
@@ -582,9 +622,11 @@ def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_
 def sample_text(model, tokenizer, config: Config, context: int, number=0, length=None, prompt=None):
     """Yield a text piece by piece, the prompt first. The same seed and number give the same text."""
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(hash((config.seed, -1, number)))
+    seed = hash((config.seed, -1, number))
+    generator = torch.Generator(device).manual_seed(seed)
     prompt = config.prompt if prompt is None else prompt
-    idx = tokenizer.encode(prompt or tokenizer.start).long().to(device)[None]  # (1, T)
+    idx = tokenizer.encode(prompt or tokenizer.start)
+    idx = idx.long().to(device)[None]  # (1, T)
     yield prompt  # not drawn, but part of the text
     # On a CPU, with one position at a time, casts to bfloat16 cost more than they save.
     with mixed_precision("float32" if device.type == "cpu" else config.dtype, device):
@@ -605,7 +647,9 @@ def take_step(network, optimizers, scaler, rows, config: Config, step: int) -> t
     amp = mixed_precision(config.dtype, rows.device)
     total = 0  # sum of the losses
     for batch in rows:
-        idx, targets, recalled = batch[:, :-1, 0], batch[:, 1:, 0], batch[:, :-1, 1:]
+        idx = batch[:, :-1, 0]  # (B, T)
+        targets = batch[:, 1:, 0]  # what comes next
+        recalled = batch[:, :-1, 1:]  # (B, T, orders)
         with amp:
             loss = network(idx, targets, recalled) / config.grad_accum
         scaler.scale(loss).backward()  # in float16 small gradients vanish unless scaled
@@ -624,7 +668,8 @@ def take_step(network, optimizers, scaler, rows, config: Config, step: int) -> t
     return total
 
 
-def train(config: Config, model, tokenizer, train_data, val_data, facts: dict, saved: dict | None) -> list[dict]:
+def train(config: Config, model, tokenizer, train_data, val_data, facts: dict,
+          saved: dict | None) -> list[dict]:
     """Train to max_iters, or until `patience` evaluations bring no improvement. Returns a record for each one."""
     device = next(model.parameters()).device
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
@@ -634,7 +679,8 @@ def train(config: Config, model, tokenizer, train_data, val_data, facts: dict, s
     scaler = torch.amp.GradScaler(device.type, enabled=facts["dtype"] == "float16")
     history, start, seconds = [], 0, 0.0  # training time only
     if saved:  # continue from the last evaluation
-        history, start, seconds = saved["history"], saved["history"][-1]["iter"], saved["history"][-1]["seconds"]
+        history = saved["history"]
+        start, seconds = history[-1]["iter"], history[-1]["seconds"]
         scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
@@ -649,17 +695,23 @@ def train(config: Config, model, tokenizer, train_data, val_data, facts: dict, s
             val_loss, val_bpc = map(average, evaluate(model, val_data, tokenizer, config, context))
             train_loss = average(torch.stack(losses).mean().item()) if losses else val_loss
             best = all(val_loss < record["val_loss"] for record in history)
-            history.append(dict(iter=step, train_loss=train_loss, val_loss=val_loss, val_bpc=val_bpc,
-                                learning_rate=learning_rate(config, step), seconds=seconds))
-            save(best, make_checkpoint(config, tokenizer, model, optimizers, scaler, history, context), facts)
-            left = (config.max_iters - step) * (seconds - told) / max(1, len(losses)) / 60
-            say(f"step {step:>5}  train {train_loss:.3f}  val {val_loss:.3f} nats/token = {val_bpc:.3f} bits/char"
-                + "  best" * best + f"  {left:.1f} minutes left" * (left > 0))
+            history.append(dict(
+                iter=step, train_loss=train_loss, val_loss=val_loss, val_bpc=val_bpc,
+                learning_rate=learning_rate(config, step), seconds=seconds))
+            state = make_checkpoint(config, tokenizer, model, optimizers, scaler, history, context)
+            save(best, state, facts)
+            pace = (seconds - told) / max(1, len(losses))  # seconds per step
+            left = (config.max_iters - step) * pace / 60
+            report = f"step {step:>5}  train {train_loss:.3f}  val {val_loss:.3f} nats/token = {val_bpc:.3f} bits/char"
+            report += "  best" * best
+            report += f"  {left:.1f} minutes left" * (left > 0)
+            say(report)
             losses, told = [], seconds
 
         # Once in a while: let it write.
         if config.sample_interval and step > start and step % config.sample_interval == 0:
-            say("".join(sample_text(model, tokenizer, config, context, length=120)) + "\n")
+            text = "".join(sample_text(model, tokenizer, config, context, length=120))
+            say(text + "\n")
 
         since_best = len(history) - 1 - history.index(best_of(history))
         if step == config.max_iters or 0 < config.patience <= since_best:
@@ -668,7 +720,8 @@ def train(config: Config, model, tokenizer, train_data, val_data, facts: dict, s
 
         # One step.
         began = time.perf_counter()  # evaluating and sampling are not timed
-        rows = draw_batch(train_data, config, step, RANK, WORLD).to(device, non_blocking=True)
+        rows = draw_batch(train_data, config, step, RANK, WORLD)
+        rows = rows.to(device, non_blocking=True)
         losses.append(take_step(network, optimizers, scaler, rows, config, step))
         context = row_length(config, step)  # how far back the model has learned to look
         if step % 10 == 0:
@@ -688,20 +741,27 @@ class Dropout(nn.Dropout):
         if x.device.type != "cpu":
             return super().forward(x)
         bound = round(256 * self.p)  # a byte below it means zero
-        words = torch.randint(-2**63, 2**63 - 1, (math.ceil(x.numel() / 8),))  # 64 random bits each
-        numbers = words.view(torch.uint8)[:x.numel()].view(x.shape).to(x.dtype)
+        count = math.ceil(x.numel() / 8)
+        words = torch.randint(-2**63, 2**63 - 1, (count,))  # 64 random bits each
+        numbers = words.view(torch.uint8)[:x.numel()]
+        numbers = numbers.view(x.shape).to(x.dtype)
         keep = torch.ge(numbers, bound, out=torch.empty_like(numbers))  # 0 or 1, in x's dtype
         return x * keep.mul_(256 / (256 - bound))
 
 
 def pick_device(name: str) -> torch.device:
     """The device to use; auto: the first available of cuda, mps, cpu."""
-    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    available = dict(
+        cuda=torch.cuda.is_available(),
+        mps=torch.backends.mps.is_available(),
+        cpu=True)
     if name == "auto":
         name = next(device for device in available if available[device])
     if not available[name]:
         raise Stop(f"--device {name}: not available here; use --device auto")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if name == "cuda":
+        return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
 
 
 def mixed_precision(name: str, device: torch.device) -> torch.autocast:
@@ -733,11 +793,13 @@ def peak_memory(device: str) -> float | None:
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # bytes there, else KB
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, else KB
+    return round(peak / unit, 1)
 
 
 # Several processes, as torchrun starts them: each has a rank. Only the first writes and prints.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 IN_NOTEBOOK = "kernel" in os.path.basename((sys.argv or [""])[0])  # then sys.argv is the kernel's
 
 
@@ -784,7 +846,8 @@ def repeated(text: str) -> torch.Tensor:
     marks = torch.zeros(len(text), dtype=torch.bool)
     for line in re.finditer(rf"[^\n{END}]{{12,}}", text):
         begin, end = line.span()
-        marks[begin:end] = line[0].lower() in text[max(0, begin - 3000):begin].lower()
+        recent = text[max(0, begin - 3000):begin]
+        marks[begin:end] = line[0].lower() in recent.lower()
     return marks
 
 
@@ -796,11 +859,15 @@ def by_repetition(model, data, tokenizer, config: Config, context: int) -> dict:
     nats = token_losses(model, data, config, context)
     ids = data[1:len(nats) + 1, 0]
     chars = tokenizer.count_chars(ids)
-    marks = repeated("".join(tokenizer.stream(ids.tolist())))[(chars.cumsum(0) - 1).clamp(min=0)]
+    text = "".join(tokenizer.stream(ids.tolist()))
+    ends = (chars.cumsum(0) - 1).clamp(min=0)  # where each token ends in it
+    marks = repeated(text)[ends]
 
     def bits(part):
         count = chars[part].sum().item()
-        return nats[part].sum().item() / (math.log(2) * count) if count else None
+        if not count:
+            return None
+        return nats[part].sum().item() / math.log(2) / count
 
     share = chars[marks].sum().item() / chars.sum().item()
     return dict(refrain_share=share, refrain_bpc=bits(marks), other_bpc=bits(~marks))
@@ -838,8 +905,10 @@ def check_values(options: dict):
         if not f or type(value) is not f.type or no_text:
             raise Stop(f"--{name} {value!r} is not an option of this version")
         low, high, choices = (f.metadata[limit] for limit in ("low", "high", "choices"))
-        if choices and value not in choices or f.type in (int, float) and not low <= value <= high:
-            raise Stop(f"--{name} {value}: must be {choices or f'a finite number, at least {low} and at most {high:g}'}")
+        if choices and value not in choices:
+            raise Stop(f"--{name} {value}: must be {choices}")
+        if f.type in (int, float) and not low <= value <= high:
+            raise Stop(f"--{name} {value}: must be a finite number, at least {low} and at most {high:g}")
 
 
 def as_text(typed: str) -> str:
@@ -852,17 +921,23 @@ def parse_args(argv) -> dict:
     def usage_error(message):
         raise Stop(f"{message}; {SCRIPT} --help lists the options")
 
-    presets = [f"{name}: " + ", ".join(f"{option} {value}" for option, value in preset.items())
-               for name, preset in (SIZES | RECIPES).items()]
+    presets = []  # what each size and recipe sets
+    for name, preset in (SIZES | RECIPES).items():
+        values = ", ".join(f"{option} {value}" for option, value in preset.items())
+        presets.append(textwrap.fill(f"{name}: {values}", 79))
     parser = argparse.ArgumentParser(
-        SCRIPT, description=__doc__, epilog="\n".join(textwrap.fill(line, 79) for line in presets),
+        SCRIPT, description=__doc__, epilog="\n".join(presets),
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = usage_error
     for f in fields(Config):
-        note = "" if f.default in ("", False) else f" (default: {f.default or 'by size or recipe'})"
-        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
-        parser.add_argument(f"--{f.name}", help=f.metadata["help"] + note, **kind)
+        help = f.metadata["help"]
+        if f.default not in ("", False):
+            help += f" (default: {f.default or 'by size or recipe'})"
+        kind = dict(type=f.type, choices=f.metadata["choices"])
+        if f.type is bool:
+            kind = dict(action="store_true")
+        parser.add_argument(f"--{f.name}", help=help, **kind)
     given = vars(parser.parse_args(argv))
     check_values(given)  # ranges; argparse has checked types and choices
     if "prompt" in given:
@@ -878,12 +953,14 @@ def inherit(given: dict, checkpoint: dict | None) -> dict:
         return given
     old = checkpoint["config"]
     for name in SHAPE:
-        if given.get(name, old[name]) != old[name]:
-            raise Stop(f"--{name} {given[name]} contradicts the checkpoint's {old[name]}: leave it out, or retrain")
+        asked = given.get(name, old[name])
+        if asked != old[name]:
+            raise Stop(f"--{name} {asked} contradicts the checkpoint's {old[name]}: leave it out, or retrain")
     names = set(SHAPE)  # a new run from old weights
     if given.get("resume"):
-        if given.get("max_iters", math.inf) < old["max_iters"]:
-            raise Stop(f"--max_iters {given['max_iters']} is below the checkpoint's {old['max_iters']}: it may only grow")
+        asked = given.get("max_iters", math.inf)
+        if asked < old["max_iters"]:
+            raise Stop(f"--max_iters {asked} is below the checkpoint's {old['max_iters']}: it may only grow")
         names = old.keys() - UNINHERITED  # the same run
     return {name: old[name] for name in names} | given
 
@@ -900,11 +977,13 @@ def make_config(given: dict, device: torch.device, tokens: int = 0) -> Config:
         size = "base" if device.type == "cuda" and enough else "tiny"
     known = SIZES[size] | RECIPES[recipe] | given | dict(size=size)
     if recipe != "classic" and "max_iters" not in given:
-        per_step = known.get("grad_accum", 1) * known["batch_size"] * known["block_size"] * WORLD
-        known["max_iters"] = min(known["max_iters"], max(100, EPOCHS * tokens // per_step))
+        rows = known.get("grad_accum", 1) * known["batch_size"] * WORLD  # in a step
+        steps = EPOCHS * tokens // (rows * known["block_size"])
+        known["max_iters"] = min(known["max_iters"], max(100, steps))
     for name, times in (("eval_interval", 10), ("sample_interval", 4)):
         if name not in given:
-            known[name] = min(known[name], math.ceil(known["max_iters"] / times))
+            interval = math.ceil(known["max_iters"] / times)
+            known[name] = min(known[name], interval)
     run_dir = given.get("run_dir", Config.run_dir)
     known.setdefault("save_path", f"{run_dir}/model_best.pt")
     known.setdefault("output", f"{run_dir}/output/sample.txt")
@@ -921,7 +1000,8 @@ def make_tokenizer(asked: dict, text: str, checkpoint: dict | None) -> CharToken
     if checkpoint:
         return CharTokenizer(**checkpoint["tokenizer"])
     start = next((char for char in END + "\n" if char in text), text[:1])
-    return CharTokenizer("".join(sorted(set(text) - {END})), start)
+    chars = sorted(set(text) - {END})
+    return CharTokenizer("".join(chars), start)
 
 
 def read_corpus(path: str) -> str:
@@ -977,8 +1057,11 @@ def form(value):
 def is_finite(saved: dict) -> bool:
     """Are the losses, the weights and the optimizers' states all finite?"""
     losses = torch.tensor([record["val_loss"] for record in saved["history"]])
-    kept = [number for states in saved["optimizers"] for state in states.values() for number in state.values()]
-    return all(numbers.isfinite().all() for numbers in (losses, *saved["model"].values(), *kept))
+    numbers = [losses, *saved["model"].values()]
+    for states in saved["optimizers"]:
+        for state in states.values():
+            numbers += state.values()
+    return all(number.isfinite().all() for number in numbers)
 
 
 def check_checkpoint(saved: dict):
@@ -986,7 +1069,9 @@ def check_checkpoint(saved: dict):
     if (saved["stage"], saved["format_version"]) != (STAGE, FORMAT_VERSION):
         raise Stop("another script or version wrote it")
     check_values(saved["config"])
-    config, tokenizer, history = Config(**saved["config"]), make_tokenizer({}, "", saved), saved["history"]
+    config = Config(**saved["config"])
+    tokenizer = make_tokenizer({}, "", saved)
+    history = saved["history"]
     with torch.device("meta"):  # shapes without memory
         model = GPTLanguageModel(config, tokenizer.vocab_size)
     optimizers = make_optimizers(model, config)
@@ -999,10 +1084,15 @@ def check_checkpoint(saved: dict):
     record = dict(iter=0, train_loss=0.0, val_loss=0.0, val_bpc=0.0, learning_rate=0.0, seconds=0.0)
     ours = make_checkpoint(config, tokenizer, model, optimizers, scaler, [record] * len(history), 1)
     sane = [
-        form(saved) == form(ours | dict(corpus_sha256="")), is_finite(saved), len(history) > 0,
-        0 < saved["context"] <= config.block_size, len(tokenizer.encode(tokenizer.start)) > 0,
-        *(0 <= record["iter"] <= config.max_iters for record in history),
-        *(0 <= number < {int: 2**31, float: 1e30}[type(number)] for number in saved["scaler"].values())]
+        form(saved) == form(ours | dict(corpus_sha256="")),
+        is_finite(saved),
+        len(history) > 0,
+        0 < saved["context"] <= config.block_size,
+        len(tokenizer.encode(tokenizer.start)) > 0]
+    for record in history:
+        sane.append(0 <= record["iter"] <= config.max_iters)
+    for number in saved["scaler"].values():
+        sane.append(0 <= number < {int: 2**31, float: 1e30}[type(number)])
     if not all(sane):
         raise ValueError
 
@@ -1010,7 +1100,8 @@ def check_checkpoint(saved: dict):
 def load_checkpoint(path: str) -> dict:
     """Load this stage's checkpoint from a file or an address, to the CPU. Stop if it is missing or damaged."""
     try:
-        with urllib.request.urlopen(path, timeout=30) if "://" in path else open(path, "rb") as source:
+        source = urllib.request.urlopen(path, timeout=30) if "://" in path else open(path, "rb")
+        with source:
             file = io.BytesIO(source.read())  # read once, checked, then loaded
         archive = zipfile.ZipFile(file)
         parts = archive.infolist()
@@ -1065,30 +1156,36 @@ def is_run(folder: Path) -> bool:
 
 def check_targets(config: Config):
     """Stop unless the run may write where it is told to. Changes nothing."""
+    folder = Path(config.run_dir).resolve()
+    best = Path(config.save_path).resolve()
+    text = Path(config.input).resolve()
     names = ["run_dir", "save_path", "output"]
-    folder, best, text = (Path(name).resolve() for name in (config.run_dir, config.save_path, config.input))
     for name in names[2 if config.sample_only else 1 if config.resume else 0:]:
         path = Path(getattr(config, name)).resolve()
-        parent = next((parent for parent in path.parents if parent.exists()), path)
         if name == "run_dir":
             reason = "it is not a run's folder, or it contains the text or the current folder"
-            ours = all(re.match(r"output$|sample\.txt|.*\.tmp$", part.name) for part in path.rglob("*")) or is_run(path)
+            parts = [part.name for part in path.rglob("*")]
+            ours = is_run(path) or all(re.match(r"output$|sample\.txt|.*\.tmp$", part) for part in parts)
             bad = path.exists() and not (path.is_dir() and ours)
-            bad = bad or text.is_relative_to(path) or Path.cwd().is_relative_to(path)
+            bad |= text.is_relative_to(path) or Path.cwd().is_relative_to(path)
         else:
             reason = "it is the text, the best checkpoint, a folder or a device, or it belongs to a run"
-            own = name == "save_path" and path == folder / "model_best.pt"
-            of_a_run = not own and (path.parent == folder or is_run(path.parent))
-            taken = path == text or name == "output" and path == best
-            bad = taken or of_a_run or path.exists() and not path.is_file()
-        if bad or not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise Stop(f"cannot write --{name} {path} ({reason if bad else parent}): choose another")
+            bad = path == text or path.exists() and not path.is_file()
+            if name == "output" or path != folder / "model_best.pt":
+                bad |= path == best and name == "output"
+                bad |= path.parent == folder or is_run(path.parent)
+        parent = next((parent for parent in path.parents if parent.exists()), path)
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            bad, reason = True, parent
+        if bad:
+            raise Stop(f"cannot write --{name} {path} ({reason}): choose another")
 
 
 @contextlib.contextmanager
 def run_folder(config: Config, facts: dict):
     """Lock the run's folder for this process. An earlier run's folder is kept under another name."""
-    folder, best = Path(config.run_dir).resolve(), Path(config.save_path).resolve()
+    folder = Path(config.run_dir).resolve()
+    best = Path(config.save_path).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     try:
@@ -1123,15 +1220,17 @@ def run_folder(config: Config, facts: dict):
 
 def save(best: bool, checkpoint: dict, facts: dict):
     """Write a checkpoint as the last one and, if it is, as the best; then the report. Stop if a number is NaN."""
-    config, history = checkpoint["config"], checkpoint["history"]
     if not is_finite(checkpoint):
         raise Stop(NAN, 1)
-    paths = [config["save_path"], f"{config['run_dir']}/model_best.pt"] if best else []
-    paths = dict.fromkeys([*paths, f"{config['run_dir']}/model_last.pt"])  # model_last.pt comes last
-    for path in paths if RANK == 0 else ():
+    config = checkpoint["config"]
+    folder = config["run_dir"]
+    checkpoint = checkpoint | dict(corpus_sha256=facts["corpus_sha256"])
+    paths = [config["save_path"], f"{folder}/model_best.pt"] if best else []
+    paths.append(f"{folder}/model_last.pt")  # what --resume reads comes last
+    for path in dict.fromkeys(paths) if RANK == 0 else ():
         with replacing(path) as file:
-            torch.save(checkpoint | dict(corpus_sha256=facts["corpus_sha256"]), file)
-    write_report(config["run_dir"], history, facts)
+            torch.save(checkpoint, file)
+    write_report(folder, checkpoint["history"], facts)
 
 
 def write_json(path: str, content: dict):
@@ -1145,17 +1244,21 @@ def write_report(folder: str, history: list[dict], facts: dict) -> dict:
     from matplotlib.figure import Figure  # here, as it takes a second to import
 
     last, best = history[-1], best_of(history)
-    rate = last["iter"] * facts["tokens_per_step"] / max(last["seconds"], 1e-9)
+    tokens = last["iter"] * facts["tokens_per_step"]
+    rate = tokens / max(last["seconds"], 1e-9)
     metrics = dict(
-        facts, stage=STAGE, val_loss=best["val_loss"], val_bpc=best["val_bpc"], best_iter=best["iter"], iters=last["iter"],
-        seconds=last["seconds"], tokens_per_second=rate, chars_per_second=rate * facts["chars_per_token"],
+        facts, stage=STAGE, val_loss=best["val_loss"], val_bpc=best["val_bpc"],
+        best_iter=best["iter"], iters=last["iter"], seconds=last["seconds"],
+        tokens_per_second=rate, chars_per_second=rate * facts["chars_per_token"],
         peak_memory_mb=peak_memory(facts["device"]))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
-    for name, color, label in (("train_loss", "#0072B2", "training"), ("val_loss", "#D55E00", "validation")):
-        axes.plot([r["iter"] for r in history], [r[name] for r in history], color=color, marker=".", label=label)
-    axes.plot(best["iter"], best["val_loss"], "o", color="#D55E00", fillstyle="none", markersize=12,
-              label=f"best: {best['val_loss']:.3f} = {best['val_bpc']:.3f} bits per character")
+    steps = [record["iter"] for record in history]
+    for name, color, label in (("train", "#0072B2", "training"), ("val", "#D55E00", "validation")):
+        losses = [record[f"{name}_loss"] for record in history]
+        axes.plot(steps, losses, color=color, marker=".", label=label)
+    label = f"best: {best['val_loss']:.3f} = {best['val_bpc']:.3f} bits per character"
+    axes.plot(best["iter"], best["val_loss"], "o", color="#D55E00", fillstyle="none", markersize=12, label=label)
     axes.legend()
     if RANK == 0:
         write_json(f"{folder}/metrics.json", metrics)
@@ -1194,9 +1297,10 @@ def read_data(given: dict, saved: dict | None):
     path = given.get("input", Config.input)
     text = "" if given.get("sample_only") else read_corpus(path)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    if given.get("resume") and sha256 != saved["corpus_sha256"]:
+    began_with = saved["corpus_sha256"] if given.get("resume") else sha256
+    if sha256 != began_with:
         raise Stop(f"--input {path} (SHA-256 {sha256[:8]}) is not the text that this run began with "
-                   f"({saved['corpus_sha256'][:8]}): give that one, or start a new run in another --run_dir")
+                   f"({began_with[:8]}): give that one, or start a new run in another --run_dir")
     tokenizer = make_tokenizer(given, text, saved)
     train_text, val_text = split_corpus(text)
     train_ids = tokenizer.encode(train_text)
@@ -1212,12 +1316,14 @@ def make_facts(config: Config, tokenizer, device: torch.device) -> dict:
     with torch.device("meta"):  # shapes without memory
         model = GPTLanguageModel(config, tokenizer.vocab_size)
     params = sum(p.numel() for p in model.parameters())
-    if hasattr(os, "sysconf") and 16 * params > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise Stop(MEMORY)  # a weight, its gradient and two numbers of the optimizer, four bytes each
-    return dict(
-        params=params, tokens_per_step=config.grad_accum * config.batch_size * config.block_size * WORLD,
-        device=str(device), seed=config.seed,
-        dtype=str(mixed_precision(config.dtype, device).fast_dtype).removeprefix("torch."))
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if 16 * params > memory:  # a weight, its gradient and two numbers of the optimizer, four bytes each
+            raise Stop(MEMORY)
+    tokens = config.grad_accum * config.batch_size * config.block_size * WORLD
+    dtype = mixed_precision(config.dtype, device).fast_dtype
+    return dict(params=params, tokens_per_step=tokens, device=str(device), seed=config.seed,
+                dtype=str(dtype).removeprefix("torch."))
 
 
 def load_source(given: dict) -> dict | None:
@@ -1260,13 +1366,14 @@ def run(given: dict) -> dict:
     train_data = with_recall(train_data, config, tokenizer)
     val_data = with_recall(val_data, config, tokenizer)
     with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():
-        say(f"{config.size}, {config.recipe}, {facts['params']:,} parameters on {device} in {facts['dtype']}; "
-            f"{facts['characters']:,} characters, {facts['vocab_size']:,} entries in the vocabulary, "
-            f"each seen {facts['tokens_per_vocab_entry']:,.1f} times")
+        say("{size}, {recipe}, {params:,} parameters on {device} in {dtype}; {characters:,} characters, "
+            "{vocab_size:,} entries in the vocabulary, each seen {tokens_per_vocab_entry:,.1f} times"
+            .format(size=config.size, recipe=config.recipe, **facts))
         return train_and_sample(config, tokenizer, train_data, val_data, facts, saved, device)
 
 
-def train_and_sample(config: Config, tokenizer, train_data, val_data, facts: dict, saved: dict | None, device) -> dict:
+def train_and_sample(config: Config, tokenizer, train_data, val_data, facts: dict,
+                     saved: dict | None, device) -> dict:
     """The run itself, inside its folder. Returns the metrics."""
     passes = config.max_iters * facts["tokens_per_step"] / len(train_data)
     say(f"{config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {passes:.1f} passes over the text")
@@ -1315,7 +1422,8 @@ def main(argv=None) -> dict:
         message = next((line for sign, line in KNOWN.items() if sign in message), None)
         if not message:
             raise failure
-    line = "; ".join([message, *getattr(failure, "__notes__", ())]).replace("\n", " ")
+    notes = getattr(failure, "__notes__", ())
+    line = "; ".join([message, *notes]).replace("\n", " ")
     print(line if status == 130 else f"error: {line}", file=sys.stderr)
     raise SystemExit(status)
 

@@ -150,8 +150,9 @@ def freeze(model, count: int):
 
     A head that shares its weights with the embedding is frozen with it.
     """
+    # Architectures name their layers differently; they are always the longest list of modules.
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    layers = max(lists, key=len)  # whatever the architecture calls them
+    layers = max(lists, key=len)
     if count > len(layers):
         raise Stop(f"--freeze_layers {count} is too many: the model has {len(layers)}")
     if count:
@@ -193,10 +194,13 @@ def split_corpus(text: str) -> tuple[str, str]:
 
     If there is none between 85 and 95 %, at the line end nearest to 90 %; failing that, at exactly 90 %.
     """
-    target, low, high = (round(len(text) * share) for share in (0.90, 0.85, 0.95))
+    target = round(0.90 * len(text))
+    low = max(1, round(0.85 * len(text)))  # neither part may be empty
+    high = min(len(text) - 1, round(0.95 * len(text)))
     for mark in (END, "\n"):
-        cuts = [text.rfind(mark, 0, target) + 1, text.find(mark, target) + 1]  # before the target, after it
-        cuts = [cut for cut in cuts if max(low, 1) <= cut <= min(high, len(text) - 1)]
+        before = text.rfind(mark, 0, target) + 1
+        after = text.find(mark, target) + 1
+        cuts = [cut for cut in (before, after) if low <= cut <= high]
         if cuts:
             target = min(cuts, key=lambda cut: abs(cut - target))
             break
@@ -266,7 +270,7 @@ def token_losses(model, ids, config: Config, rank: int = 0, world: int = 1) -> t
     inputs = F.pad(ids[:-1], (0, lacking)).view(-1, size)
     targets = F.pad(ids[1:], (0, lacking), value=-100).view(-1, size)  # -100: no token there
     rows = max(1, 1024 // size)
-    batches = list(zip(inputs.split(rows), targets.split(rows)))
+    batches = list(zip(inputs.split(rows), targets.split(rows)))  # the same in every process
     for x, y in batches[rank::world]:  # (B, T) each
         with mixed_precision(config.dtype, device):
             logits = model(input_ids=x.to(device), use_cache=False).logits  # (B, T, vocab_size)
@@ -434,7 +438,8 @@ def sample_text(base: Pretrained, config: Config, number: int, prompt=None) -> s
     device = base.model.device
     base.model.generation_config = sampling_settings(config, base.end)
     torch.manual_seed(hash((config.seed, -1, number)))
-    prompt = encode(config.prompt if prompt is None else prompt, base)[0] or [base.end]  # a song starts where another ends
+    prompt = config.prompt if prompt is None else prompt
+    prompt = encode(prompt, base)[0] or [base.end]  # a song starts where another ends
     ids, seen = [], len(prompt)  # seen: how many of all tokens the model looks back at
     while len(ids) < config.max_new_tokens and base.end not in ids[-1:]:
         if seen >= base.context:  # full
@@ -476,19 +481,24 @@ def copy_rate(texts: list[str], source: str, length: int = 8) -> tuple[float | N
             # Is there one from here that is longer than the longest so far?
             while i + longest < len(words) and f" {' '.join(words[i:i + longest + 1])} " in source:
                 longest += 1
-    copied = [run for run in runs if f" {run} " in source]
+    copied = [run for run in runs if f" {run} " in source]  # whole words only
     return len(copied) / len(runs) if runs else None, longest
 
 
 # ------------------------------- the end of the lesson: devices, files, command line
 def pick_device(name: str) -> torch.device:
     """The device to use; auto: the first available of cuda, mps, cpu."""
-    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    available = dict(
+        cuda=torch.cuda.is_available(),
+        mps=torch.backends.mps.is_available(),
+        cpu=True)
     if name == "auto":
         name = next(device for device in available if available[device])
     if not available[name]:
         raise Stop(f"--device {name}: not available here; use --device auto")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if name == "cuda":
+        return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
 
 
 def mixed_precision(name: str, device: torch.device) -> torch.autocast:
@@ -520,11 +530,13 @@ def peak_memory(device: str) -> float | None:
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # bytes there, else KB
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, else KB
+    return round(peak / unit, 1)
 
 
 # Several processes, as torchrun starts them: each has a rank. Only the first writes and prints.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 IN_NOTEBOOK = "kernel" in os.path.basename((sys.argv or [""])[0])  # then sys.argv is the kernel's
 
 
@@ -562,7 +574,8 @@ def repeated(text: str) -> torch.Tensor:
     marks = torch.zeros(len(text), dtype=torch.bool)
     for line in re.finditer(rf"[^\n{END}]{{12,}}", text):
         begin, end = line.span()
-        marks[begin:end] = line[0].lower() in text[max(0, begin - 3000):begin].lower()
+        recent = text[max(0, begin - 3000):begin]
+        marks[begin:end] = line[0].lower() in recent.lower()
     return marks
 
 
@@ -579,14 +592,16 @@ def by_repetition(base: Pretrained, data: Data, config: Config) -> dict:
         ends += [start + end for _, end in coded["offset_mapping"]]
         start += len(song) + 1
         ends.append(start)  # the end of the song
-    ends = torch.tensor(ends[:-1])
-    chars = ends.diff(prepend=torch.tensor([0]))
+    ends = torch.tensor(ends[:-1])  # no end after the last song
+    chars = ends.diff(prepend=torch.tensor([0]))  # how many each token stands for
     marks = repeated(data.val_text)[(ends - 1).clamp(min=0)]
     nats = token_losses(base.model, data.val, config)
 
     def bits(part):
         count = chars[part].sum().item()
-        return nats[part].sum().item() / (math.log(2) * count) if count else None
+        if not count:
+            return None
+        return nats[part].sum().item() / math.log(2) / count
 
     share = chars[marks].sum().item() / chars.sum().item()
     return dict(refrain_share=share, refrain_bpc=bits(marks), other_bpc=bits(~marks))
@@ -628,8 +643,10 @@ def check_values(options: dict):
         if not f or type(value) is not f.type or no_text:
             raise Stop(f"--{name} {value!r} is not an option of this version")
         low, high, choices = (f.metadata[limit] for limit in ("low", "high", "choices"))
-        if choices and value not in choices or f.type in (int, float) and not low <= value <= high:
-            raise Stop(f"--{name} {value}: must be {choices or f'a finite number, at least {low} and at most {high:g}'}")
+        if choices and value not in choices:
+            raise Stop(f"--{name} {value}: must be {choices}")
+        if f.type in (int, float) and not low <= value <= high:
+            raise Stop(f"--{name} {value}: must be a finite number, at least {low} and at most {high:g}")
 
 
 def as_text(typed: str) -> str:
@@ -647,9 +664,13 @@ def parse_args(argv) -> dict:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = usage_error
     for f in fields(Config):
-        note = "" if f.default in ("", False) else f" (default: {f.default})"
-        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
-        parser.add_argument(f"--{f.name}", help=f.metadata["help"] + note, **kind)
+        help = f.metadata["help"]
+        if f.default not in ("", False):
+            help += f" (default: {f.default})"
+        kind = dict(type=f.type, choices=f.metadata["choices"])
+        if f.type is bool:
+            kind = dict(action="store_true")
+        parser.add_argument(f"--{f.name}", help=help, **kind)
     given = vars(parser.parse_args(argv))
     check_values(given)  # ranges; argparse has checked types and choices
     if "prompt" in given:
@@ -796,7 +817,8 @@ def check_pretrained(source: str, base: Pretrained, report: dict):
     would be random; extra ones, such as the last layers, would be dropped.
     """
     model, tokenizer, end, _ = base
-    computed = ".attn.bias", ".masked_bias", "position_ids", ".inv_freq"  # older files hold such constants, papuGaPT2's, too
+    # Constants that older files hold, papuGaPT2's among them: newer models compute them.
+    computed = ".attn.bias", ".masked_bias", "position_ids", ".inv_freq"
     more = [name for name in report["unexpected_keys"] if not name.endswith(computed)]
     other = [name for name, *_ in report["mismatched_keys"]]
     wrong = sorted({*report["missing_keys"], *more, *other})
@@ -818,8 +840,8 @@ def check_pretrained(source: str, base: Pretrained, report: dict):
     pairs = torch.tensor([[end, end], [end, (end + 1) % rows]], device=model.device)
     with torch.no_grad():
         model.train()(pairs)  # with dropout, too
-        one, other = model.eval()(pairs).logits[:, 0]
-    near = max(1e-5, 4 * torch.finfo(one.dtype).eps)
+        one, other = model.eval()(pairs).logits[:, 0]  # (V,) each
+    near = max(1e-5, 4 * torch.finfo(one.dtype).eps)  # rounding may differ between rows
     if model.config.is_encoder_decoder or not torch.allclose(one, other, near, near):
         raise Stop(f"{source} is not a causal language model: "
                    f"{type(model).__name__} sees the future, as BERT does: name another")
@@ -858,7 +880,9 @@ def fault_of(checkpoint: Path) -> str:
     written, found = read_json(checkpoint / CHECKSUMS), checksums(checkpoint)
     if not written:
         return f"{CHECKSUMS} is missing, it was not finished"
-    ranks = [f"rng_state_{rank}.pth" for rank in range(WORLD)] if WORLD > 1 else ["rng_state.pth"]
+    ranks = ["rng_state.pth"]  # the Trainer's random state, a file for each process
+    if WORLD > 1:
+        ranks = [f"rng_state_{rank}.pth" for rank in range(WORLD)]
     for name in sorted({*written, *ranks}):
         if name not in found:
             return f"{name} is missing"
@@ -887,6 +911,7 @@ def last_checkpoint(folder: Path) -> tuple[str, list[dict]]:
             say(f"continuing from {path}" + f" ({'; '.join(faults)})" * bool(faults))
             return str(path), history
         faults.append(f"{path.name}: {fault}")
+    # A single one without checksums was cut off while it was written: nothing is lost by starting over.
     if len(paths) > 1 or paths and (paths[0] / CHECKSUMS).exists():
         raise Stop(f"no checkpoint in {folder} is whole ({'; '.join(faults)}): "
                    "start a new run without --resume")
@@ -1115,8 +1140,8 @@ def run(given: dict) -> dict:
         raise Stop("--input is not the text that this run began with (its SHA-256 differs): give that one, "
                    "or start a new run in another --output_dir")
     checkpoint, history = last_checkpoint(Path(options["output_dir"])) if old_run else ("", [])
-    dtype = torch.float32
-    if options["lora"]:
+    dtype = torch.float32  # of the weights: small steps would be lost in 16 bits
+    if options["lora"]:  # frozen weights may have 16
         if options["dtype"] == "auto" and device.type == "cpu":
             options["dtype"] = "bfloat16"
         dtype = mixed_precision(options["dtype"], device).fast_dtype
@@ -1177,7 +1202,8 @@ def main(argv=None) -> dict:
         message = next((line for sign, line in KNOWN.items() if sign in message), None)
         if not message:
             raise failure
-    line = "; ".join([message, *getattr(failure, "__notes__", ())]).replace("\n", " ")
+    notes = getattr(failure, "__notes__", ())
+    line = "; ".join([message, *notes]).replace("\n", " ")
     print(line if status == 130 else f"error: {line}", file=sys.stderr)
     raise SystemExit(status)
 

@@ -635,6 +635,16 @@ def test_a_missing_file_in_the_folder_of_another_run_is_refused(capsys, run):
     assert "belongs to a run" in no(capsys, tiny(tokenizer_path="run/mine.json", run_dir="new"))
 
 
+@pytest.mark.parametrize("option", ["save_path", "output"])
+def test_the_tokenizer_and_another_result_are_not_the_same_file(corpus, capsys, shared, option):
+    """Else the user's tokenizer would be renamed to make room for a checkpoint or a text."""
+    Path("mine.json").write_bytes((shared / "polish.json").read_bytes())
+    before = stamp("mine.json")
+    way = {"tokenizer": "polish", "tokenizer_path": "mine.json", option: "./mine.json"}
+    assert f"--tokenizer_path and --{option} are the same file" in no(capsys, tiny(**way))
+    assert stamp("mine.json") == before
+
+
 def test_the_size_that_a_short_text_allows_is_told_without_network_too(capsys, no_cache):
     error = no(capsys, tiny(tokenizer="auto"))
     size = re.search(r"; take --tokenizer custom --vocab_size (\d+)$", error)[1]

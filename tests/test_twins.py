@@ -92,20 +92,23 @@ FINE_TUNING_OWN = {  # what stages 1 and 2 have in these, and what stage 3 has; 
                 '    """Every option: its name, type, default and help. None: set by --size or --recipe."""',
                 '    """Every option: its name, type, default and help."""'),
     "parse_args": ("stage 3 has no presets to list, and says which options have no effect", '''\
-    presets = [f"{name}: " + ", ".join(f"{option} {value}" for option, value in preset.items())
-               for name, preset in (SIZES | RECIPES).items()]
-        SCRIPT, description=__doc__, epilog="\\n".join(textwrap.fill(line, 79) for line in presets),
+    presets = []  # what each size and recipe sets
+    for name, preset in (SIZES | RECIPES).items():
+        values = ", ".join(f"{option} {value}" for option, value in preset.items())
+        presets.append(textwrap.fill(f"{name}: {values}", 79))
+        SCRIPT, description=__doc__, epilog="\\n".join(presets),
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        note = "" if f.default in ("", False) else f" (default: {f.default or 'by size or recipe'})"''', """\
+            help += f" (default: {f.default or 'by size or recipe'})"''', """\
         SCRIPT, description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        note = "" if f.default in ("", False) else f" (default: {f.default})"
+            help += f" (default: {f.default})"
     idle = given.keys() - SAMPLING
     if "sample_only" in given and idle:
         raise Stop(f"--{min(idle)} has no effect with --sample_only: leave one of them out")
     if "revision" in given and os.path.isdir(given.get("model_name", "")):
         raise Stop("--revision needs a --model_name on the Hub, not a folder: leave it out")"""),
     "run_folder": ("other names of folders; the best checkpoint is in the run's own", """\
-    folder, best = Path(config.run_dir).resolve(), Path(config.save_path).resolve()
+    folder = Path(config.run_dir).resolve()
+    best = Path(config.save_path).resolve()
         raise Stop(f"another process writes to --run_dir {config.run_dir}: wait, or choose another") from None
         versions = dict(python=sys.version, torch=torch.__version__)
         if best != folder / "model_best.pt":
@@ -133,8 +136,9 @@ OWN = {  # lines that one of two has alone, while the rest of the definition is 
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())""", """\
         x = self.norm(x)
-            return self.lm_head(x)  # (B, T, vocab_size)
-        return SlicedLoss.apply(x.flatten(0, 1), self.lm_head.weight, self.lm_head.bias, targets.flatten())"""),
+        head = self.lm_head
+            return head(x)  # (B, T, vocab_size)
+        return SlicedLoss.apply(x.flatten(0, 1), head.weight, head.bias, targets.flatten())"""),
         "run": ("the run's tokenizer.json", "", """\
         if RANK == 0:
             save_tokenizer(tokenizer, config)"""),
