@@ -1004,9 +1004,7 @@ def run_folder(config: Config, facts: dict):
 
 
 def write_report(config: Config, history: list[dict], facts: dict, **copied) -> dict:
-    """Write and return the metrics, and plot both losses: where they diverge, the model begins to memorize."""
-    from matplotlib.figure import Figure  # here, as it takes a second to import
-
+    """Write and return the metrics, and plot the losses."""
     folder, before, last, best = config.output_dir, history[0], history[-1], best_of(history)
     tokens = last["epoch"] * facts["tokens_per_epoch"]
     metrics = dict(
@@ -1015,6 +1013,19 @@ def write_report(config: Config, history: list[dict], facts: dict, **copied) -> 
         best_iter=best["iter"], iters=last["iter"], epochs=last["epoch"], seconds=last["seconds"],
         tokens_per_second=tokens / max(last["seconds"], 1e-9),
         peak_memory_mb=peak_memory(facts["device"]), **copied)
+    if RANK == 0:
+        write_json(f"{folder}/metrics.json", metrics)
+        with replacing(f"{folder}/metrics.jsonl") as file:
+            file.writelines(json.dumps(record).encode() + b"\n" for record in history)
+        if len(history) > 1:  # before the first step there is no curve yet
+            plot_losses(f"{folder}/loss.png", history)
+    return metrics
+
+
+def plot_losses(path: str, history: list[dict]):
+    """Plot the training and the validation loss: where they diverge, the model begins to memorize."""
+    from matplotlib.figure import Figure  # here, as it takes half a second to import
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel="loss, nats per token")
     epochs = [record["epoch"] for record in history]
@@ -1022,13 +1033,8 @@ def write_report(config: Config, history: list[dict], facts: dict, **copied) -> 
         losses = [record[f"{name}_loss"] for record in history]
         axes.plot(epochs, losses, color=color, marker=".", label=label)
     axes.legend()
-    if RANK == 0:
-        write_json(f"{folder}/metrics.json", metrics)
-        with replacing(f"{folder}/metrics.jsonl") as file:
-            file.writelines(json.dumps(record).encode() + b"\n" for record in history)
-        with replacing(f"{folder}/loss.png") as file:
-            figure.savefig(file, dpi=120)
-    return metrics
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def write_samples(base: Pretrained, config: Config, name: str) -> list[str]:

@@ -1577,9 +1577,7 @@ def write_json(path: str, content: dict):
 
 
 def write_report(folder: str, history: list[dict], facts: dict) -> dict:
-    """Write and return the metrics, and plot both losses: where they diverge, the model begins to memorize."""
-    from matplotlib.figure import Figure  # here, as it takes a second to import
-
+    """Write and return the metrics, and plot the losses."""
     last, best = history[-1], best_of(history)
     tokens = last["iter"] * facts["tokens_per_step"]
     rate = tokens / max(last["seconds"], 1e-9)
@@ -1588,22 +1586,31 @@ def write_report(folder: str, history: list[dict], facts: dict) -> dict:
         best_iter=best["iter"], iters=last["iter"], seconds=last["seconds"],
         tokens_per_second=rate, chars_per_second=rate * facts["chars_per_token"],
         peak_memory_mb=peak_memory(facts["device"]))
+    if RANK == 0:
+        write_json(f"{folder}/metrics.json", metrics)
+        with replacing(f"{folder}/metrics.jsonl") as file:
+            file.writelines(json.dumps(record).encode() + b"\n" for record in history)
+        if len(history) > 1:  # before the first step there is no curve yet
+            plot_losses(f"{folder}/loss.png", history)
+    return metrics
+
+
+def plot_losses(path: str, history: list[dict]):
+    """Plot the training and the validation loss: where they diverge, the model begins to memorize."""
+    from matplotlib.figure import Figure  # here, as it takes half a second to import
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
     steps = [record["iter"] for record in history]
     for name, color, label in (("train", "#0072B2", "training"), ("val", "#D55E00", "validation")):
         losses = [record[f"{name}_loss"] for record in history]
         axes.plot(steps, losses, color=color, marker=".", label=label)
+    best = best_of(history)
     label = f"best: {best['val_loss']:.3f} = {best['val_bpc']:.3f} bits per character"
     axes.plot(best["iter"], best["val_loss"], "o", color="#D55E00", fillstyle="none", markersize=12, label=label)
     axes.legend()
-    if RANK == 0:
-        write_json(f"{folder}/metrics.json", metrics)
-        with replacing(f"{folder}/metrics.jsonl") as file:
-            file.writelines(json.dumps(record).encode() + b"\n" for record in history)
-        with replacing(f"{folder}/loss.png") as file:
-            figure.savefig(file, dpi=120)
-    return metrics
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def write_samples(model, tokenizer, config: Config, context: int):

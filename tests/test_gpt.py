@@ -2185,7 +2185,7 @@ except SystemExit as e:
     assert done.returncode == 0 and re.findall("ended with .*|steps: .*", out) == ["ended with 2", "steps: 5", "ended with 130"]
     missing, stopped = error.splitlines()
     assert "assets/input/input2.txt" in missing and "--resume" in stopped
-    assert {path.name for path in Path("run").iterdir()} == RUN - {"output"}
+    assert {path.name for path in Path("run").iterdir()} == RUN - {"output", "loss.png"}
 
 
 def free_port():
