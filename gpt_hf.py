@@ -109,19 +109,21 @@ class Config:
 
 
 # ---------------------------------------------------------------- a model that has read before
+# A run: load_pretrained, prepare, freeze or add_adapters, fine_tune, sample_text; see `run` at the end.
+# What is used before it is defined (say, average, RANK) is in the second half of the file.
 class Pretrained(NamedTuple):
     """A pre-trained model, and what is needed to use it."""
     model: torch.nn.Module
     tokenizer: Any  # the one the model was trained with: others number tokens differently
-    end: int  # the token that ends a song
-    context: int  # how many tokens the model sees
+    end: int  # the number of the token that ends a song
+    context: int  # how many tokens the model sees at most
 
 
 def load_pretrained(source: str, device, revision: str = "", offline: bool = True, dtype=torch.float32) -> Pretrained:
     """The causal language model in a folder or on the Hub.
 
-    Stages 1 and 2 begin with random weights; these were learned from gigabytes of text. In the 16 bits
-    that some of them come in, small steps would be rounded away: so they are trained in float32.
+    Stages 1 and 2 begin with random weights; these were learned from gigabytes of text. Some are stored
+    in 16 bits, where a small step would be rounded away: they are loaded and trained in float32.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -132,14 +134,14 @@ def load_pretrained(source: str, device, revision: str = "", offline: bool = Tru
         settings.activation_function = "gelu_pytorch_tanh"  # the same in one kernel: faster, less memory
     tokenizer = library(AutoTokenizer.from_pretrained, source, **where)
     model, report = AutoModelForCausalLM.from_pretrained(
-        source, config=settings, dtype=dtype, ignore_mismatched_sizes=True,
-        output_loading_info=True, **where)
+        source, config=settings, dtype=dtype, output_loading_info=True,
+        ignore_mismatched_sizes=True, **where)  # they are in the report
     model.tie_weights()  # transformers before 5.4 does not tie what a .bin file stores twice
     model.config.use_cache = True  # for generation; the Trainer turns it off, and saves that
     end = tokenizer.eos_token_id
     if end is None:
         end = model.config.eos_token_id
-    context = getattr(settings, "max_position_embeddings", None) or sys.maxsize
+    context = getattr(settings, "max_position_embeddings", None) or sys.maxsize  # or no limit
     base = Pretrained(model.to(device), tokenizer, end, context)
     check_pretrained(source, base, report)
     return base
@@ -162,15 +164,16 @@ def freeze(model, count: int):
 
 
 def add_adapters(base: Pretrained, config: Config) -> Pretrained:
-    """LoRA (Hu et al., arXiv:2106.09685): each matrix W is frozen, and x W becomes x W + 2 x A B.
+    """LoRA (Hu et al., arXiv:2106.09685): the weights are frozen; x W becomes x W + 2 x A B.
 
-    A has `rank` columns and B as many rows: for a W of 1024 x 1024 and rank 16, 33 thousand numbers are
-    trained instead of a million, so gradients and AdamW need little memory, and W may have 16 bits.
+    A has --lora columns and B as many rows: for a W of 1024 x 1024 and --lora 16, 33 thousand numbers
+    are trained instead of a million, so gradients and AdamW need little memory. As W never changes, it
+    may have 16 bits.
     """
     import peft
 
     torch.manual_seed(config.seed)  # A is drawn at random; B is zero, so at first nothing changes
-    with warnings.catch_warnings(action="ignore"):  # peft notices that GPT-2's are transposed
+    with warnings.catch_warnings(action="ignore"):  # that GPT-2 stores its matrices transposed
         model = peft.get_peft_model(base.model, peft.LoraConfig(
             task_type="CAUSAL_LM", r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear"))
     return base._replace(model=model)
@@ -178,7 +181,7 @@ def add_adapters(base: Pretrained, config: Config) -> Pretrained:
 
 def merge_adapters(base: Pretrained, checkpoint: Path) -> Pretrained:
     """Add a checkpoint's 2 A B to each W. The result is an ordinary model that does not need peft."""
-    base.model.load_adapter(checkpoint, "default")
+    base.model.load_adapter(checkpoint, "default")  # peft's name for the only adapter
     model = base.model.merge_and_unload()
     model.config.use_cache = True  # as load_pretrained has it
     return base._replace(model=model)
@@ -227,7 +230,7 @@ class Data(NamedTuple):
     blocks: Any  # to train on: a Dataset of rows of block_size tokens
     val_text: str
     val: torch.Tensor  # its tokens, (tokens + 1,): the first is only context
-    part: torch.Tensor  # as many characters of the training text, to see what is memorized
+    part: torch.Tensor  # of the training text's beginning, as long as val_text: what is memorized?
     chars: int | None  # characters in val and in part; None if the tokenizer loses some
 
 
@@ -260,7 +263,7 @@ def prepare(text: str, base: Pretrained, block_size: int) -> Data:
 # --------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def token_losses(model, ids, config: Config, rank: int = 0, world: int = 1) -> torch.Tensor:
-    """Nats for each token but the first in the share of process `rank`, each predicted once: shape (tokens,).
+    """Nats for each token but the first, each predicted once: (tokens,); of process `rank`, its share.
 
     Consecutive windows that overlap by one token, in batches that do not depend on --batch_size.
     """
@@ -286,9 +289,9 @@ def evaluate(model, ids, chars: int | None, config: Config) -> tuple[float, floa
     `chars`: how many characters the tokens stand for. Every process takes a share.
     """
     losses = token_losses(model, ids, config, RANK, WORLD)
-    nats, tokens = average(losses.sum().item()), average(len(losses))
-    bits = nats * WORLD / math.log(2)
-    return nats / tokens, bits / chars if chars else None
+    nats, tokens = average(losses.sum().item()), average(len(losses))  # of a process
+    bits = nats * WORLD / math.log(2)  # of all processes
+    return nats / tokens, (bits / chars if chars else None)
 
 
 def best_of(history: list[dict]) -> dict:
@@ -298,6 +301,7 @@ def best_of(history: list[dict]) -> dict:
 
 def is_done(history: list[dict], config: Config) -> bool:
     """Are all steps taken, or did `patience` epochs bring no improvement?"""
+    # make_config has set max_steps to the number of all steps: it is not 0 here.
     since_best = len(history) - 1 - history.index(best_of(history))
     gave_up = 0 < config.patience <= since_best
     return gave_up or history[-1]["iter"] >= config.max_steps
@@ -305,31 +309,31 @@ def is_done(history: list[dict], config: Config) -> bool:
 
 # -------------------------------------------------------------------------------------- fine-tuning
 class ExactTrainer:
-    """Four methods for transformers' Trainer; fine_tune mixes them in. The Trainer does the rest.
+    """Four methods for transformers' Trainer. fine_tune mixes them in; it sets config, data, facts, bar.
 
-    It shuffles the blocks, takes the steps, and after each epoch evaluates and saves a checkpoint; it keeps
-    the last one and the best. A run continued from a checkpoint is bit-identical to an uninterrupted one.
+    The Trainer shuffles the blocks, takes the steps, and after each epoch evaluates and saves a checkpoint;
+    it keeps the last one and the best. On a CPU, a continued run is bit-identical to an uninterrupted one.
     """
+    began = None  # when the clock was started: at the first step after an evaluation
 
     def training_step(self, *args):
-        """Forward and backward on one batch, as the Trainer does it."""
-        # The time that the Trainer takes to evaluate and save does not count.
-        self.began = self.began or time.perf_counter()
+        """Forward and backward on one batch, as the Trainer does it; this starts the clock."""
+        self.began = self.began or time.perf_counter()  # evaluating and saving are not timed
         return super().training_step(*args)
 
     def log(self, logs: dict, start_time=None):
         """After each step: stop if the loss is not finite, else show it."""
         if "loss" not in logs:  # the Trainer's closing summary
             return
-        # The Trainer's own log would add it to the history, which is kept for evaluations.
         loss, step, total = logs["loss"], self.state.global_step, self.config.max_steps
         if not math.isfinite(loss):
-            raise Stop(NAN, 1)  # the last checkpoint is older
-        self.callback_handler.on_log(self.args, self.state, self.control, logs)  # to --report_to
+            raise Stop(NAN, 1)  # the last checkpoint was written before
+        # To --report_to. The Trainer's own log would also add it to the history, kept for evaluations.
+        self.callback_handler.on_log(self.args, self.state, self.control, logs)
         self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         self.bar.update()
         if step % max(1, total // 10) == 0:
-            steps = step - self.state.log_history[-1]["iter"]  # since the clock was started
+            steps = step - self.state.log_history[-1]["iter"]  # since the last evaluation
             minutes = (time.perf_counter() - self.began) / steps * (total - step) / 60
             say(f"step {step:>5} of {total}  loss {loss:.3f}  {minutes:.1f} minutes left")
 
@@ -342,6 +346,7 @@ class ExactTrainer:
         if self.began:
             seconds += time.perf_counter() - self.began
             self.began = None
+        # The function above, not this method.
         train_loss, train_bpc = evaluate(self.model, self.data.part, self.data.chars, self.config)
         val_loss, val_bpc = evaluate(self.model, self.data.val, self.data.chars, self.config)
         if not math.isfinite(train_loss + val_loss):
@@ -357,8 +362,7 @@ class ExactTrainer:
             + "  best" * best)
         self.callback_handler.on_log(self.args, self.state, self.control, dict(history[-1]))
         write_report(self.config, history, self.facts)  # metrics and plot
-        if is_done(history, self.config):
-            self.control.should_training_stop = True
+        self.control.should_training_stop = is_done(history, self.config)
         return dict(eval_loss=val_loss)
 
     def _save_checkpoint(self, *args):
@@ -371,18 +375,21 @@ class ExactTrainer:
 
 
 def fine_tune(config: Config, base: Pretrained, data: Data, facts: dict, checkpoint: str) -> list[dict]:
-    """Train, from the checkpoint if there is one. Returns a record for each evaluation."""
+    """Train. Returns a record for each evaluation.
+
+    facts: see make_facts. checkpoint: the folder of the one to continue from, or "".
+    """
     from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
     class LyricsTrainer(ExactTrainer, Trainer):
         """transformers' Trainer, with exact figures."""
 
     device, warmup = base.model.device.type, config.warmup
-    # Less memory, more time: from transformers 5.23 on, that option has another name.
+    # Less memory, more time; always with --lora. Its names: since transformers 5.23, and before.
     names = "activation_checkpointing", "gradient_checkpointing"
     less_memory = next(name for name in names if name in TrainingArguments.__dataclass_fields__)
     arguments = TrainingArguments(
-        config.output_dir,
+        config.output_dir,  # for the checkpoints
         seed=config.seed,  # for the order of the blocks and for dropout
         report_to=config.report_to, disable_tqdm=True,  # we print our own lines
         # The steps: AdamW, a rate that rises and then falls to zero, gradients clipped to norm 1.
@@ -396,18 +403,18 @@ def fine_tune(config: Config, base: Pretrained, data: Data, facts: dict, checkpo
         save_strategy="epoch", save_total_limit=2, metric_for_best_model="loss",
         # Call log after each step, with the loss as it is.
         logging_steps=1, logging_nan_inf_filter=False,
-        # The computer: half the bits in matrix products, float32 in the weights.
+        # The computer: matrix products in 16 bits if facts say so; the weights keep theirs.
         bf16=facts["dtype"] == "bfloat16", fp16=facts["dtype"] == "float16",
         use_cpu=device == "cpu", dataloader_pin_memory=device == "cuda",
         **{less_memory: config.gradient_checkpointing or config.lora > 0})
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs: torchrun, not the slow DataParallel
     trainer = LyricsTrainer(
         model=base.model, args=arguments, processing_class=base.tokenizer,
-        data_collator=default_data_collator, train_dataset=data.blocks, eval_dataset=data.val)
-    trainer.remove_callback(PrinterCallback)
+        data_collator=default_data_collator, train_dataset=data.blocks,
+        eval_dataset=data.val)  # it must be given; evaluate does not ask for it
+    trainer.remove_callback(PrinterCallback)  # it would print each log as a dictionary
     trainer.config, trainer.data, trainer.facts = config, data, facts
-    trainer.began = None  # the clock
-    done = int(checkpoint.rpartition("-")[2] or 0)  # steps
+    done = int(checkpoint.rpartition("-")[2] or 0)  # checkpoint-40 was written after 40 steps
     hidden = None if RANK == 0 and sys.stderr else True  # None: hidden unless on a terminal
     total = config.max_steps
     with tqdm(total=total, initial=done, unit="step", leave=False, disable=hidden) as trainer.bar:
@@ -420,8 +427,8 @@ def sampling_settings(config: Config, end: int):
     """The settings of generate(), here and wherever the model folder is loaded."""
     from transformers import GenerationConfig
 
-    draw = {}  # at temperature 0 the likeliest token is taken
-    if config.temperature:
+    draw = {}  # the likeliest token is taken
+    if config.temperature >= 1e-6:  # below, a score may overflow
         draw = dict(do_sample=True, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     return GenerationConfig(
         max_new_tokens=config.max_new_tokens,
@@ -438,10 +445,10 @@ def sample_text(base: Pretrained, config: Config, number: int, prompt=None) -> s
     device = base.model.device
     base.model.generation_config = sampling_settings(config, base.end)
     torch.manual_seed(hash((config.seed, -1, number)))
-    prompt = config.prompt if prompt is None else prompt
-    prompt = encode(prompt, base)[0] or [base.end]  # a song starts where another ends
-    ids, seen = [], len(prompt)  # seen: how many of all tokens the model looks back at
-    while len(ids) < config.max_new_tokens and base.end not in ids[-1:]:
+    text = config.prompt if prompt is None else prompt
+    prompt = encode(text, base)[0] or [base.end]  # a song starts where another ends
+    ids, seen = [], len(prompt)  # the new tokens; how many of all, the last ones, the model reads
+    while len(ids) < config.max_new_tokens and ids[-1:] != [base.end]:
         if seen >= base.context:  # full
             seen = base.context // 2
         context = torch.tensor([[*prompt, *ids][-seen:]], device=device)  # (1, T)
@@ -452,7 +459,7 @@ def sample_text(base: Pretrained, config: Config, number: int, prompt=None) -> s
             out = base.model.generate(context, attention_mask=mask, max_new_tokens=room)  # (1, T + new)
         ids += out[0, seen:].tolist()
         seen = out.size(1)
-    if base.end in ids[-1:]:
+    if ids[-1:] == [base.end]:
         ids.pop()  # not part of the text
     # A character may be spread over several tokens: decode the whole, then leave out the prompt.
     whole = base.tokenizer.decode([*prompt, *ids], clean_up_tokenization_spaces=False)
@@ -482,7 +489,7 @@ def copy_rate(texts: list[str], source: str, length: int = 8) -> tuple[float | N
             while i + longest < len(words) and f" {' '.join(words[i:i + longest + 1])} " in source:
                 longest += 1
     copied = [run for run in runs if f" {run} " in source]  # whole words only
-    return len(copied) / len(runs) if runs else None, longest
+    return (len(copied) / len(runs) if runs else None), longest
 
 
 # ------------------------------- the end of the lesson: devices, files, command line
@@ -627,7 +634,7 @@ def converse(write):
 
 # --------------------------------------------------------------------------------- options and text
 # With --resume these must stay the same, as they change what a step computes. Others may change;
-# epochs and max_steps may only grow.
+# epochs and max_steps may not end before the checkpoint.
 FIXED = {"model_name", "revision", "batch_size", "gradient_accumulation_steps", "block_size",
          "learning_rate", "weight_decay", "warmup", "freeze_layers", "lora", "seed"}
 # What has an effect with --sample_only.
@@ -687,23 +694,25 @@ def parse_args(argv) -> dict:
 
 def inherit(given: dict) -> tuple[dict, dict]:
     """(all options: as given, else as in the run to resume, else by default; that run's config.json)."""
-    defaults = {f.name: f.default for f in fields(Config)}
+    defaults = asdict(Config())
     if "resume" not in given:
         return defaults | given, {}
     folder = Path(given.get("output_dir", Config.output_dir))
     run = read_json(folder / "config.json")
     old = run.get("options")
-    if not is_run(folder) or not isinstance(old, dict):
+    if not isinstance(old, dict) or "corpus_sha256" not in run:
         raise Stop(f"no run to resume in {folder}: leave out --resume, or name the run's --output_dir")
     check_values(old)  # it may come from another version or person
-    for name in FIXED & given.keys():
+    for name in sorted(FIXED & given.keys()):
         if given[name] != old.get(name):
             raise Stop(f"--{name} {given[name]} contradicts the run's {old.get(name)}: leave it out, "
                        "or leave out --resume")
-    # New epochs mean a new number of steps. Only the command line says where a run writes.
-    for name in ("output_dir", "sample_only", *(["max_steps"] if "epochs" in given else [])):
-        old.pop(name, None)
-    return defaults | old | given, run
+    # Only the command line says where a run writes. New epochs mean a new number of steps.
+    names = ["output_dir", "sample_only"]
+    if "epochs" in given:
+        names.append("max_steps")
+    reset = {name: defaults[name] for name in names}
+    return defaults | old | reset | given, run
 
 
 def make_config(options: dict, blocks, history: list[dict]) -> Config:
@@ -777,7 +786,7 @@ def find_pretrained(source: str, device, revision: str = "", dtype=torch.float32
 
 def library(call, *args, **options):
     """Call the tokenizers library and return the result. Stop says why, if it fails."""
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    nowhere, stderr = os.open(os.devnull, os.O_WRONLY), os.dup(2)  # in this order: stderr may be closed
     os.dup2(nowhere, 2)  # where the library itself reports a panic
     try:
         return call(*args, **options)
@@ -997,7 +1006,8 @@ def run_folder(config: Config, facts: dict):
     except FAILURES as e:
         if any(folder.glob(f"checkpoint-*/{CHECKSUMS}")):
             e.add_note("the last good checkpoint is kept")
-        e.add_note(f"continue with: python {SCRIPT} --resume --output_dir {config.output_dir!r}")
+        if is_run(folder):
+            e.add_note(f"continue with: python {SCRIPT} --resume --output_dir {config.output_dir!r}")
         raise
     finally:
         lock.release()
@@ -1077,7 +1087,7 @@ def check_extras(options: dict):
             raise Stop(f"--report_to {options['report_to']} is not installed here: take one of {', '.join(known)}")
 
 
-def make_facts(config: Config, base: Pretrained, data: Data, text: str) -> dict:
+def make_facts(config: Config, base: Pretrained, data: Data, sha256: str) -> dict:
     """Facts about a run before it starts."""
     model = base.model
     entries = model.get_input_embeddings().num_embeddings  # may be more than the tokenizer has
@@ -1087,7 +1097,7 @@ def make_facts(config: Config, base: Pretrained, data: Data, text: str) -> dict:
         vocab_size=entries, tokens_per_vocab_entry=data.tokens / entries,
         chars_per_token=len(data.text) / data.tokens, tokens_per_epoch=len(data.blocks) * config.block_size,
         device=str(model.device), dtype=str(dtype).removeprefix("torch."), seed=config.seed,
-        corpus_sha256=hashlib.sha256(text.encode()).hexdigest())
+        corpus_sha256=sha256)
 
 
 def sample(config: Config, device) -> dict:
@@ -1146,15 +1156,14 @@ def run(given: dict) -> dict:
         raise Stop("--input is not the text that this run began with (its SHA-256 differs): give that one, "
                    "or start a new run in another --output_dir")
     checkpoint, history = last_checkpoint(Path(options["output_dir"])) if old_run else ("", [])
+    source = checkpoint or options["model_name"]
     dtype = torch.float32  # of the weights: small steps would be lost in 16 bits
     if options["lora"]:  # frozen weights may have 16
+        source = options["model_name"]  # a checkpoint holds the adapters alone
         if options["dtype"] == "auto" and device.type == "cpu":
             options["dtype"] = "bfloat16"
         dtype = mixed_precision(options["dtype"], device).fast_dtype
-    if checkpoint and not options["lora"]:  # there, a checkpoint holds the adapters alone
-        base = find_pretrained(checkpoint, device)
-    else:
-        base = find_pretrained(options["model_name"], device, options["revision"], dtype)
+    base = find_pretrained(source, device, options["revision"], dtype)
     options["block_size"] = options["block_size"] or min(512, base.context)
     if options["block_size"] > base.context:
         raise Stop(f"--block_size {options['block_size']} is beyond the model's context: at most {base.context}")
@@ -1163,7 +1172,7 @@ def run(given: dict) -> dict:
     freeze(base.model, config.freeze_layers)
     if config.lora:
         base = add_adapters(base, config)
-    facts = make_facts(config, base, data, text)
+    facts = make_facts(config, base, data, sha256)
     join_processes(asdict(config) | facts)
     keep_memory()
     with run_folder(config, facts) if RANK == 0 else contextlib.nullcontext():

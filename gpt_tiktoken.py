@@ -3,7 +3,7 @@
 # dependencies = ["torch>=2.8", "tiktoken>=0.12", "tokenizers>=0.22.1", "transformers>=5.0",
 #                 "tqdm>=4.66.3", "matplotlib>=3.9", "filelock>=3.16"]
 # ///
-"""Stage 2: the same GPT on sub-words: what they buy, and what they cost.
+"""Stage 2: the same GPT on sub-words: less to spell, but each is seen less often.
 
     python gpt_tiktoken.py  # the gpt2 vocabulary; two cores: 2 to 4 minutes
     python gpt_tiktoken.py --input assets/input/input2.txt --max_iters 5000
@@ -56,7 +56,7 @@ from tqdm.auto import tqdm
 
 # ------------------------------------------------------------------------------------------ options
 STAGE, SCRIPT = "bpe", "gpt_tiktoken.py"
-POLISH = "flax-community/papuGaPT2"
+POLISH = "flax-community/papuGaPT2"  # whose tokenizer --tokenizer polish takes
 
 # Options that are not given come from the size and the recipe.
 SIZES = {
@@ -105,10 +105,10 @@ class Config:
     tokenizer: str = option("auto", "auto: --tokenizer_path, else tiktoken's, else a custom one",
                             choices=("auto", "tiktoken", "custom", "polish"))
     tokenizer_path: str = option("", "a tokenizer.json, or a folder with vocab.json and merges.txt; "
-                                     "custom: made if missing")
+                                     "made if missing, but not for polish")
     encoding: str = option("gpt2", "tiktoken's encoding", choices=("gpt2", "cl100k_base", "o200k_base"))
     vocab_size: int = option(2000, "entries of a custom tokenizer", 257, 2**20)
-    prune_vocab: bool = option(False, "keep the entries that the text uses; spell the rest with bytes")
+    prune_vocab: bool = option(False, "keep the entries that the training text uses; spell the rest with bytes")
     # the model
     size: str = option("auto", "auto: base on a GPU with a long text, else tiny", choices=("auto", *SIZES))
     recipe: str = option("modern", "modern, or the original's classic", choices=tuple(RECIPES))
@@ -155,10 +155,10 @@ def learn_merges(words: Counter, count: int) -> list[tuple[str, str]]:
     """How a BPE is learned (Sennrich et al., arXiv:1508.07909): join the most frequent pair, again and again.
 
     words: how often each word occurs in the text. Returns the first `count` pairs that are joined. The
-    library does the same, only much faster. Example: learn_merges(Counter(["tak", "tam", "tu"]), 1) is
-    [("t", "a")].
+    library does the same on bytes, and much faster. Example: learn_merges(Counter(["tak", "tam", "tu"]), 1)
+    is [("t", "a")].
     """
-    split = {word: list(word) for word in words}  # at first into single symbols
+    split = {word: list(word) for word in words}  # at first single characters
     merges = []
     for _ in range(count):
         pairs = Counter()  # how often two pieces are adjacent
@@ -185,11 +185,33 @@ def join(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def cut_word(word: str, merges: list[tuple[str, str]]) -> list[str]:
-    """Split a word into pieces: join its symbols by all merges, in the order they were learned."""
+    """Split a word into pieces: join its characters by all merges, in the order they were learned."""
     pieces = list(word)
     for pair in merges:
         pieces = join(pieces, pair)
     return pieces
+
+
+def byte_level(model: models.BPE) -> Tokenizer:
+    """A tokenizer that applies the BPE to the bytes of each word, with the space before it, as GPT-2's does."""
+    core = Tokenizer(model)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # words, as bytes
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE on the songs: no entry spans two. Stop if the text is too short for vocab_size."""
+    core = byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_TEXT], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # an entry for each byte, seen or not
+    core.train_from_iterator(text.split(END), trainer)
+    size = core.get_vocab_size()
+    if size < vocab_size:
+        raise Stop(f"--vocab_size {vocab_size} is too large for this text: it makes {size} entries at most; "
+                   f"take --tokenizer custom --vocab_size {size}")
+    return core
 
 
 class BPETokenizer:
@@ -197,29 +219,32 @@ class BPETokenizer:
 
     A token stands for a few bytes, often a word or a part of one. There is one for each single byte, so any
     text can be encoded, and is decoded exactly. source: the text of a tokenizer.json. keep: the entries that
-    --prune_vocab leaves; all others are spelled with their bytes.
+    --prune_vocab keeps; all others are spelled with their bytes. self.core is the library's tokenizer.
     """
 
     def __init__(self, source: str, keep: list[int] | None = None, start: str = END):
         self.state = dict(source=source, keep=keep, start=start)  # saved in a checkpoint
         self.start = start  # what a text starts from if there is no prompt
-        self.core = library(Tokenizer.from_str, source)
-        self.core.encode_special_tokens = True  # <|endoftext|> inside a line means nothing special
+        self.core = library(Tokenizer.from_str, source)  # library: its errors become one line
+        self.core.encode_special_tokens = True  # the words <|endoftext|> in a line are ordinary text
         self.core.model.dropout = None  # some files ask for BPE dropout,
         self.core.no_truncation()  # for truncation,
         self.core.no_padding()  # or for padding
-        if self.core.token_to_id(END_TEXT) is None:
-            self.core.add_special_tokens([END_TEXT])
+        self.core.add_special_tokens([END_TEXT])  # if it is there, it keeps its number
+        # A byte-level vocabulary spells each byte as a character, such as Ġ for a space.
         byte_of, vocab = byte_symbols(), numbers_of(self.core)
-        if any(symbol not in vocab for symbol in byte_of) or self.core.decoder is None:
-            raise Stop("that tokenizer is not byte-level, or has no decoder, and would lose characters: take another")
+        if not byte_of.keys() <= vocab.keys() or self.core.decoder is None:
+            raise Stop("that tokenizer is not byte-level, or has no decoder: take another")
+        added = self.core.get_added_tokens_decoder()  # these are plain text
         pieces = [b""] * (max(vocab.values()) + 1)  # the bytes of each entry
         for token, i in vocab.items():
-            known = all(symbol in byte_of for symbol in token)
-            pieces[i] = bytes(byte_of[symbol] for symbol in token) if known else token.encode()
-        self.end = self.core.token_to_id(END_TEXT)
+            if i in added or not set(token) <= byte_of.keys():
+                pieces[i] = token.encode()
+            else:
+                pieces[i] = bytes(byte_of[symbol] for symbol in token)
+        self.end = vocab[END_TEXT]
         pieces[self.end] = END.encode()
-        self.spell = None  # old number -> new numbers
+        self.spell = None  # pruned: for each old number, the new ones that spell it
         if keep is not None:
             new = {old: i for i, old in enumerate(keep)}
             byte = {value: new[vocab[symbol]] for symbol, value in byte_of.items()}
@@ -235,18 +260,18 @@ class BPETokenizer:
 
     def encode(self, text: str) -> torch.Tensor:
         """Token numbers, shape (n,), in a small integer type."""
-        # Every such tokenizer splits between a line break and a letter: lines can be encoded one by one.
-        starts = re.finditer(rf"(?={END})|(?<=[^\s{END}]\n)(?=[^\s/])", text)
-        cuts = (start.start() for start in starts)
+        # GPT-2's rules split after a line break, unless a space or a slash follows, and so do tiktoken's:
+        # lines can be encoded one by one.
+        cuts = (cut.start() for cut in re.finditer(rf"(?={END})|(?<=[^\s{END}]\n)(?=[^\s/])", text))
         bounds = itertools.pairwise(itertools.chain([0], cuts, [len(text)]))
         lines = (text[start:stop] for start, stop in bounds)
         parts = []
-        end = self.core.token_to_id(END_TEXT)
+        end = self.core.token_to_id(END_TEXT)  # before pruning
         small = torch.uint16 if self.vocab_size < 2**16 else torch.int32
         while batch := list(itertools.islice(lines, 10_000)):  # not all at once, to save memory
             ids = []
-            songs = [line.removeprefix(END) for line in batch]  # a line may begin a song
-            coded = library(self.core.encode_batch_fast, songs, add_special_tokens=False)
+            plain = [line.removeprefix(END) for line in batch]  # END begins the first line of a song
+            coded = library(self.core.encode_batch_fast, plain, add_special_tokens=False)
             for line, code in zip(batch, coded):
                 ids += [end] * line.startswith(END) + code.ids
             if self.spell:  # pruned: spell removed entries with bytes
@@ -265,7 +290,7 @@ class BPETokenizer:
         return (decoder.decode(self.pieces[i]) for i in ids)
 
     def count_chars(self, ids: torch.Tensor) -> torch.Tensor:
-        """How many characters each token stands for. Shape in and out: (n,)."""
+        """How many characters begin in each token. Shape in and out: (n,)."""
         return self.chars[ids.long()]
 
     def describe(self, text: str, ids: torch.Tensor) -> dict:
@@ -281,30 +306,8 @@ class BPETokenizer:
             entries_never_seen=(seen == 0).sum().item(), entries_seen_once=(seen == 1).sum().item())
 
 
-def byte_level(model: models.BPE) -> Tokenizer:
-    """A BPE over bytes like GPT-2's: words with the space before them, nothing is lost."""
-    core = Tokenizer(model)
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # words, as bytes
-    core.decoder = decoders.ByteLevel()
-    return core
-
-
-def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE on the text, one song at a time. Stop if the text is too short for vocab_size."""
-    core = byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_TEXT], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # an entry for each byte, seen or not
-    core.train_from_iterator(text.split(END), trainer)
-    size = core.get_vocab_size()
-    if size < vocab_size:
-        raise Stop(f"--vocab_size {vocab_size} is too large for this text: it makes {size} entries at most; "
-                   f"take --tokenizer custom --vocab_size {size}")
-    return core
-
-
 def show_pieces(tokenizer: BPETokenizer, text: str):
-    """Print a line of the text with its pieces marked, and what a BPE of its words would join first.
+    """Print a line of the text in pieces, what a BPE of the text's words joins first, and a word cut by that.
 
     A character split over several pieces is shown in the last one.
     """
@@ -543,18 +546,15 @@ class SlicedLoss(torch.autograd.Function):
     """Mean cross-entropy of a linear head that never holds all logits: for 16,384 tokens they take 3.3 GB.
 
     The tokens go through the head a slice at a time, and each slice adds its part of the gradients right
-    away, in float32.
+    away, in float32; then its logits are freed.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets):
         """The loss in nats per token. x: (N, C); weight: (V, C); bias: (V,) or None; targets: (N,), -100: ignored."""
-        count, total = (targets >= 0).sum(), 0  # of tokens, of nats
-        learns = ctx.needs_input_grad[0]  # not in evaluation
-        grads = [None, None, None]
-        for i, tensor in enumerate((x, weight, bias)):
-            if learns and tensor is not None:
-                grads[i] = torch.zeros_like(tensor, dtype=torch.float32)
+        count, total = (targets >= 0).sum(), 0  # how many tokens are predicted; the sum of their nats
+        grads = [None if tensor is None else torch.zeros_like(tensor, dtype=torch.float32)
+                 for tensor in (x, weight, bias)]
         size = max(1, 2**24 // weight.size(0))  # 64 MB of logits
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(x), size):
@@ -563,13 +563,11 @@ class SlicedLoss(torch.autograd.Function):
                 target = targets[start:end]
                 logits = F.linear(part, weight, bias)  # (n, V)
                 total = total + F.cross_entropy(logits, target, reduction="sum")
-                if not learns:
-                    continue
-                told = (target >= 0)[:, None] / count  # (n, 1): each token's weight in the mean
-                error = logits.softmax(dim=-1)  # the gradient: prediction minus target
-                right = target.clamp(min=0)[:, None]  # (n, 1)
-                error.scatter_add_(1, right, -torch.ones_like(told))
-                error *= told
+                share = (target >= 0)[:, None] / count  # (n, 1): each token's weight in the mean
+                answer = target.clamp(min=0)[:, None]  # (n, 1)
+                error = logits.softmax(dim=-1)  # the gradient of the logits, (n, V): the prediction
+                error.scatter_add_(1, answer, -torch.ones_like(share))  # minus the target
+                error *= share
                 torch.mm(error, weight, out=grads[0][start:end])  # (n, C)
                 grads[1].addmm_(error.T, part)  # (V, C)
                 if bias is not None:
@@ -1186,7 +1184,10 @@ def make_config(given: dict, device: torch.device, tokens: int = 0) -> Config:
 
 
 def byte_symbols() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary (Radford et al., 2019, GPT-2's encoder.py)."""
+    """The byte for each character of a byte-level vocabulary (Radford et al., 2019, GPT-2's encoder.py).
+
+    Printable ones stand for themselves, the others are numbered from 256.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {chr(byte): byte for byte in printable}
@@ -1195,7 +1196,7 @@ def byte_symbols() -> dict[str, int]:
 
 def library(call, *args, **options):
     """Call the tokenizers library and return the result. Stop says why, if it fails."""
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    nowhere, stderr = os.open(os.devnull, os.O_WRONLY), os.dup(2)  # in this order: stderr may be closed
     os.dup2(nowhere, 2)  # where the library itself reports a panic
     try:
         return call(*args, **options)
@@ -1212,30 +1213,25 @@ def library(call, *args, **options):
 def numbers_of(core: Tokenizer) -> dict[str, int]:
     """The number of each entry. Stop if two share one, or if most have no entry: a list would fill the memory."""
     vocab = core.get_vocab()
-    numbers = {-1, *vocab.values()}
-    if len(numbers) <= len(vocab) or max(numbers) > 2 * len(vocab):
+    numbers = set(vocab.values())
+    if len(numbers) < len(vocab) or max(numbers, default=0) > 2 * len(vocab):
         raise Stop("that tokenizer gives a number to two entries, or leaves most numbers out: take another")
     return vocab
 
 
 def tiktoken_tokenizer(name: str) -> Tokenizer:
-    """OpenAI's encoding, downloaded once, as a tokenizer that a checkpoint can store. OSError without network."""
+    """OpenAI's encoding as a tokenizer that a checkpoint can store. OSError or ValueError if it cannot be fetched."""
     encoding = tiktoken.get_encoding(name)
-    ranks = encoding._mergeable_ranks  # an entry's bytes -> its number
     symbols = {byte: symbol for symbol, byte in byte_symbols().items()}
-    written = {piece: "".join(symbols[byte] for byte in piece) for piece in ranks}
+    vocab = {"".join(symbols[byte] for byte in entry): number
+             for entry, number in encoding._mergeable_ranks.items()}
     merges = []  # tiktoken joins any two pieces that make up an entry, early entries first
-    for piece in sorted(ranks, key=ranks.get):
-        pairs = []
-        for cut in range(1, len(piece)):
-            a, b = piece[:cut], piece[cut:]
-            if a in ranks and b in ranks:
-                pairs.append((a, b))
-        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(written[a], written[b]) for a, b in pairs]
-    vocab = {written[piece]: rank for piece, rank in ranks.items()}
+    for entry in sorted(vocab, key=vocab.get):
+        halves = [(entry[:cut], entry[cut:]) for cut in range(1, len(entry))]
+        pairs = [(a, b) for a, b in halves if a in vocab and b in vocab]
+        merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
     core = byte_level(models.BPE(vocab, merges, ignore_merges=True))
-    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # in the library's regex engine + means: repeat
+    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # there, {1,3}+ matches any number
     core.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -1261,10 +1257,13 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def find_tokenizer(given: dict, text: str) -> tuple[Tokenizer, str]:
-    """The tokenizer that was asked for, and its name; auto: the file, else tiktoken's, else one made of the text."""
+    """The tokenizer that was asked for, and its name.
+
+    An existing --tokenizer_path wins; auto: else tiktoken's, else one made of the text.
+    """
     kind = given.get("tokenizer", Config.tokenizer)
-    path = Path(given.get("tokenizer_path", ""))
-    named = path != Path()
+    named = given.get("tokenizer_path")
+    path = Path(named or "")
     if kind == "tiktoken" and named:
         raise Stop("--tokenizer tiktoken takes no --tokenizer_path: leave one of them out")
     if "vocab_size" in given and kind != "custom":
@@ -1272,7 +1271,8 @@ def find_tokenizer(given: dict, text: str) -> tuple[Tokenizer, str]:
     if named and (path.exists() or kind == "polish"):
         return read_tokenizer(path), str(path)
     if kind == "polish":
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer  # here, as it takes seconds to import
+
         try:
             return AutoTokenizer.from_pretrained(POLISH).backend_tokenizer, POLISH
         except OSError as e:
@@ -1296,18 +1296,20 @@ def find_tokenizer(given: dict, text: str) -> tuple[Tokenizer, str]:
 
 def make_tokenizer(given: dict, text: str, checkpoint: dict | None) -> BPETokenizer:
     """The checkpoint's tokenizer, or a new one for the text. Stop if it would lose a character of the text."""
-    path = Path(given.get("tokenizer_path", ""))
+    named = given.get("tokenizer_path")
+    path = Path(named or "")  # "": the current folder, so it exists
     for name in ("save_path", "output"):
-        if path != Path() and path.resolve() == Path(given.get(name, "")).resolve():
+        if named and given.get(name) and path.resolve() == Path(given[name]).resolve():
             raise Stop(f"--tokenizer_path and --{name} are the same file: choose another")
-    if path != Path() and not path.exists():
+    if not path.exists():
         parent = next(parent for parent in path.absolute().parents if parent.exists())
         writable = parent.is_dir() and os.access(parent, os.W_OK)
         if not writable or is_run(path.absolute().parent):
-            raise Stop(f"cannot write --tokenizer_path {path} ({parent}, or it belongs to a run): choose another")
+            raise Stop(f"cannot write --tokenizer_path {path} ({parent} is not a writable folder, "
+                       "or the file belongs to a run): choose another")
     if checkpoint:
         state = checkpoint["tokenizer"]
-        if path != Path() and path.exists():
+        if named and path.exists():
             theirs = BPETokenizer(read_tokenizer(path).to_str())
             if theirs.pieces != BPETokenizer(state["source"]).pieces:
                 raise Stop(f"--tokenizer_path {path} is not the checkpoint's tokenizer: leave it out")
@@ -1331,9 +1333,9 @@ def make_tokenizer(given: dict, text: str, checkpoint: dict | None) -> BPETokeni
 
 def save_tokenizer(tokenizer: BPETokenizer, config: Config):
     """Write RUN_DIR/tokenizer.json and, if there is none, the file at --tokenizer_path."""
-    given = Path(config.tokenizer_path)
+    given = Path(config.tokenizer_path)  # "": the current folder, which exists
     paths = [Path(config.run_dir, "tokenizer.json")]
-    if config.tokenizer_path and not config.resume and not given.exists():
+    if not config.resume and not given.exists():
         given.parent.mkdir(parents=True, exist_ok=True)
         paths.append(given)
     for path in paths:

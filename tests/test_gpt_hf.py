@@ -1,5 +1,6 @@
 """Stage 3: pytest tests/test_gpt_hf.py. Offline: the models are made by hf_models.py, small but real."""
 
+import errno
 import inspect
 import io
 import json
@@ -385,11 +386,12 @@ def test_sampling_from_the_folder_gives_the_runs_samples_and_metrics(finished, t
     assert (tmp_path / "run/output/sample.txt").read_text() == (out / "output/sample.txt").read_text()
 
 
-def test_a_prompt_longer_than_the_context_and_the_likeliest_token(finished, tmp_path):
+@pytest.mark.parametrize("temperature", ["0", "1e-40"])  # divided by the latter, a score would be infinite
+def test_a_prompt_longer_than_the_context_and_the_likeliest_token(finished, tmp_path, temperature):
     shutil.copytree(finished[1], tmp_path / "run")
     prompt = "Liczę drobne w dłoni, starczy na chleb\n" * 9
     gpt_hf.main(["--sample_only", "--output_dir", str(tmp_path / "run"), "--prompt", prompt, "--max_new_tokens", "9",
-                 "--temperature", "0", "--num_samples", "2"])
+                 "--temperature", temperature, "--num_samples", "2"])
     one, two = (tmp_path / "run/output/sample.txt").read_text(encoding="utf-8")[:-1].split(gpt_hf.SEPARATOR)
     assert one == two and one.startswith(prompt)
 
@@ -485,6 +487,28 @@ def test_kills_at_random_moments_change_nothing(made, finished, tmp_path, spawn,
         print(f"run {seed}: killed at {moment[0] or 'any moment'} {moment[1] or ''}; {kept}, half written: {half}")
     assert_as_uninterrupted(tmp_path / "run", gpt_hf.main(argv), finished)
     print(f"run {seed}: the same weights after {steps} steps as uninterrupted")
+
+
+def test_resumed_with_the_same_epochs_nothing_is_planned_anew(finished, tmp_path, capsys):
+    shutil.copytree(finished[1], tmp_path / "run")
+    metrics = gpt_hf.main(resume(tmp_path / "run", "--epochs", "2"))
+    assert metrics["iters"] == finished[0]["iters"] and "planned anew" not in capsys.readouterr().out
+
+
+def test_of_two_contradictions_the_first_by_name_is_told(finished, tmp_path, capsys):
+    shutil.copytree(finished[1], tmp_path / "run")
+    status, line = error_of(capsys, resume(tmp_path / "run", "--seed", "3", "--lora", "4"))
+    assert status == 2 and "--lora 4 contradicts the run's 0" in line
+
+
+def test_what_cannot_be_continued_is_not_offered(made, tmp_path, capsys, monkeypatch):
+    """The disk is full before the run's first file is written."""
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gpt_hf, "write_json", full)
+    status, line = error_of(capsys, arguments(made, tmp_path / "run"))
+    assert status == 1 and "No space left" in line and "--resume" not in line
 
 
 # ------------------------------------------------------------------------------------------------ adapters

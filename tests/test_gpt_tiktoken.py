@@ -12,6 +12,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -724,6 +726,41 @@ HARMLESS = {
     "random cuts": changed(model=json.loads(bytes_and(("a", "b")))["model"] | dict(dropout=0.5))}
 NOT_BPE = {"words without an unknown": of_kind("WordLevel"), "word pieces": of_kind("WordPiece", continuing_subword_prefix="##",
                                                                              max_input_chars_per_word=100)}
+
+
+ADDED = dict(id=257, single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_words_of_the_end_token_are_text_inside_a_line(special):
+    """Whatever the tokenizer's file says of them."""
+    added = ADDED | dict(content="<|endoftext|>", special=special)
+    tokenizer = BPETokenizer(changed(added_tokens=[added]).decode())
+    text = f"a <|endoftext|> b{END}c"
+    ids = tokenizer.encode(text)
+    assert decoded(tokenizer, ids) == text and (ids == tokenizer.end).sum() == 1
+
+
+def test_an_added_entry_is_text_even_if_its_letters_stand_for_bytes():
+    """The letter ą spells byte 5 in a byte-level vocabulary."""
+    added = ADDED | dict(content="<początek>")
+    tokenizer = BPETokenizer(changed(added_tokens=[added]).decode())
+    text = "Noc <początek> nad\n"
+    assert decoded(tokenizer, tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("path", [".", "here", "../mine"])
+def test_the_current_folder_may_hold_the_tokenizer(shared, monkeypatch, path):
+    shutil.copytree(shared / "polish", "mine")
+    monkeypatch.chdir("mine")
+    assert made(TEXT, tokenizer_path=os.getcwd() if path == "here" else path).vocab_size == 700
+
+
+def test_a_closed_stderr_is_no_error():
+    """As after 2>&- in a shell."""
+    way = [sys.executable, gpt_tiktoken.__file__, *map(str, tiny(max_iters=1))]
+    done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *way], stdout=subprocess.PIPE)
+    assert done.returncode == 0 and (Path("run") / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("name", HARMLESS)
