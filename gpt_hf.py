@@ -30,6 +30,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import sys
 import tempfile
 import time
@@ -63,7 +64,7 @@ class Stop(Exception):
 
 
 def option(default, help, low=0, high=1e9, choices=None):
-    """A dataclass field that argparse is made from. A number must lie from low to high."""
+    """A field of Config, and so a command-line option. A number must lie from low to high."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
@@ -198,8 +199,8 @@ def split_corpus(text: str) -> tuple[str, str]:
     If there is none between 85 and 95 %, at the line end nearest to 90 %; failing that, at exactly 90 %.
     """
     target = round(0.90 * len(text))
-    low = max(1, round(0.85 * len(text)))  # neither part may be empty
-    high = min(len(text) - 1, round(0.95 * len(text)))
+    low = round(0.85 * len(text))
+    high = min(len(text) - 1, round(0.95 * len(text)))  # no part may be empty
     for mark in (END, "\n"):
         before = text.rfind(mark, 0, target) + 1
         after = text.find(mark, target) + 1
@@ -625,7 +626,9 @@ def converse(write):
             for piece in write(as_text(input("> ")), number):
                 print(piece, end="", flush=True)
             print()
-        except (Stop, UnicodeError) as e:  # such as a character that the model does not know
+        except Stop as e:  # such as a character that the model does not know
+            print(e.args[0])
+        except UnicodeError as e:
             print(e)
         except EOFError:  # Ctrl-D
             print()
@@ -753,7 +756,7 @@ def read_corpus(path: str) -> str:
 # --------------------------------------------------------------------------- models and checkpoints
 NAN = "the loss turned NaN: lower --learning_rate"
 DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError,
-           pickle.UnpicklingError, zipfile.BadZipFile)  # what a file of another kind may raise
+           AssertionError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile)  # what a bad file may raise
 
 
 def find_pretrained(source: str, device, revision: str = "", dtype=torch.float32) -> Pretrained:
@@ -866,7 +869,7 @@ def read_json(path: Path) -> dict:
     """The object that a JSON file holds; {} if it is missing or damaged."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -956,7 +959,7 @@ def is_run(folder: Path) -> bool:
     """Does the folder belong to a run? Its config.json says so."""
     try:
         return {"options", "corpus_sha256"} <= json.loads((folder / "config.json").read_bytes()).keys()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -1202,7 +1205,7 @@ def main(argv=None) -> dict:
             argv = [] if IN_NOTEBOOK else sys.argv[1:]
         return run(parse_args(argv))
     except FAILURES as e:
-        failure, message, status = e, str(e), 1
+        failure, status = e, 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1213,7 +1216,7 @@ def main(argv=None) -> dict:
     elif isinstance(failure, OSError):
         message = f"{failure.filename or 'writing'}: {failure.strerror}"
     else:
-        message = "allocate" if isinstance(failure, MemoryError) else message.lower()
+        message = "allocate" if isinstance(failure, MemoryError) else str(failure).lower()
         message = next((line for sign, line in KNOWN.items() if sign in message), None)
         if not message:
             raise failure

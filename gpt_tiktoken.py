@@ -30,6 +30,7 @@ import math
 import os
 import pickle
 import re
+import struct
 import sys
 import textwrap
 import time
@@ -55,6 +56,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm.auto import tqdm
 
 # ------------------------------------------------------------------------------------------ options
+# What the lesson uses and does not define (Dropout, mixed_precision, average, say, save, RANK, WORLD, ...) is
+# plumbing, in the second half of the file.
 STAGE, SCRIPT = "bpe", "gpt_tiktoken.py"
 POLISH = "flax-community/papuGaPT2"  # whose tokenizer --tokenizer polish takes
 
@@ -67,12 +70,12 @@ SIZES = {
     "base": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, grow=0, batch_size=64, dropout=0.2,
                  max_iters=5000, eval_interval=100, sample_interval=500),
 }
-RECIPES = {
+RECIPES = {  # modern: today's architecture and optimizer; classic: the original project's
     "modern": dict(recall="4,8", learning_rate=5e-3, weight_decay=0.1, grad_clip=1.0, warmup_iters=20),
     "classic": dict(learning_rate=3e-4, weight_decay=0.1, grad_clip=0.0, warmup_iters=0, grow=0),
 }
 LARGE = 2_000_000  # training tokens; with fewer, base memorizes: it was no better than tiny on 400,000
-EPOCHS = 12  # modern reads the text at most this often by default; after that it begins to memorize
+EPOCHS = 12  # modern's default length: passes over the text (see make_config); after that it memorizes
 SHAPE = ("recipe", "n_layer", "n_head", "n_embd", "block_size", "recall",  # what the weights depend on
          "tokenizer", "encoding", "vocab_size", "prune_vocab")
 # Set on the command line only, never by a loaded file: above all, where a run writes.
@@ -84,7 +87,7 @@ class Stop(Exception):
 
 
 def option(default, help, low=0, high=1e9, choices=None):
-    """A dataclass field that argparse is made from. A number must lie from low to high."""
+    """A field of Config, and so a command-line option. A number must lie from low to high."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
@@ -331,8 +334,8 @@ def split_corpus(text: str) -> tuple[str, str]:
     If there is none between 85 and 95 %, at the line end nearest to 90 %; failing that, at exactly 90 %.
     """
     target = round(0.90 * len(text))
-    low = max(1, round(0.85 * len(text)))  # neither part may be empty
-    high = min(len(text) - 1, round(0.95 * len(text)))
+    low = round(0.85 * len(text))
+    high = min(len(text) - 1, round(0.95 * len(text)))  # no part may be empty
     for mark in (END, "\n"):
         before = text.rfind(mark, 0, target) + 1
         after = text.find(mark, target) + 1
@@ -350,7 +353,8 @@ def recall(ids: torch.Tensor, n: int, none: int, end: int = -1) -> torch.Tensor:
     Songs repeat: if you have heard a refrain once, its first line tells you the second. Large models learn
     to look this up by themselves (induction heads: Olsson et al., arXiv:2209.11895). A small model does not
     learn it from a single text, so it gets it as an input. Example: at the last "a" of "tra la la", with
-    n = 2, the result is the space, because that is what followed the first "la". Shape in and out: (N,).
+    n = 2, the result is the space, because that is what followed the first "la". none: the
+    number that stands for nothing; end: the token that ends a song. Shape in and out: (N,).
     """
     found = torch.full_like(ids, none)
     for begin in range(0, len(ids), 2**20):  # in parts, to save memory
@@ -359,9 +363,9 @@ def recall(ids: torch.Tensor, n: int, none: int, end: int = -1) -> torch.Tensor:
         key = (part == end).cumsum(0)  # a hash of the song's number
         for _ in range(n):  # and the last n tokens
             previous = F.pad(key, (1, 0))[:-1]  # the key one position earlier
-            key = previous * 1_000_003 + part + 1  # int64 wraps around
+            key = previous * 1_000_003 + part + 1  # one more digit (never 0); int64 wraps around
         order = key.argsort(stable=True)  # equal keys side by side, in the order of the text
-        before, here = order[:-1], order[1:]
+        before, here = order[:-1], order[1:]  # if their keys are equal: the last time, now
         again = (key[before] == key[here]) & (here - before <= REACH)
         followed = torch.full_like(part, none)
         followed[here[again]] = part[before[again] + 1]
@@ -372,7 +376,7 @@ def recall(ids: torch.Tensor, n: int, none: int, end: int = -1) -> torch.Tensor:
 class Memory:
     """recall() one token at a time, for generation: a dictionary stores where the last n tokens occurred."""
 
-    def __init__(self, orders: list[int], none: int, end: int = -1):
+    def __init__(self, orders: list[int], none: int, end: int):
         self.orders, self.none, self.end = orders, none, end
         self.read, self.after = [], {}  # all tokens; n tokens -> position of the next one
 
@@ -390,7 +394,7 @@ class Memory:
 
 def with_recall(ids: torch.Tensor, config: Config, tokenizer) -> torch.Tensor:
     """The tokens and, for each n, what is recalled at each position: shape (N, 1 + orders)."""
-    orders = recall_orders(config)
+    orders = recall_orders(config)  # each n, for example [10, 20]
     data = ids.new_empty(len(ids), 1 + len(orders))
     data[:, 0] = ids
     for column, n in enumerate(orders, start=1):
@@ -404,16 +408,16 @@ def row_length(config: Config, step: int) -> int:
     Nearby context is learned first, and short rows are fast, because attention looks at all pairs of
     positions (Press et al., "Shortformer", arXiv:2012.15832).
     """
-    doublings_left = config.grow - step * (config.grow + 1) // config.max_iters  # grow, ..., 1, 0
-    return max(1, config.block_size // 2**doublings_left)
+    doublings = step * (config.grow + 1) // config.max_iters  # so far: 0, 1, ..., grow
+    return max(1, config.block_size // 2**(config.grow - doublings))
 
 
-@functools.lru_cache(2)  # once an epoch, not once a step
+@functools.lru_cache(2)  # drawn once an epoch, not once a step; a step may span two epochs
 def shuffled_windows(length: int, size: int, seed: int) -> torch.Tensor:
-    """Where an epoch's windows begin, shuffled: every `size` tokens around the text, a ring. (length // size,)"""
+    """Where an epoch's windows begin, in random order: one every `size` tokens of a ring. (length // size,)"""
     generator = torch.Generator().manual_seed(seed)
     cut = torch.randint(length, (1,), generator=generator)  # a new offset each epoch
-    return cut + size * torch.randperm(max(1, length // size), generator=generator)
+    return cut + size * torch.randperm(length // size, generator=generator)
 
 
 def read_at(data: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -425,8 +429,8 @@ def read_at(data: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 def draw_batch(data, config: Config, step: int, rank: int, world: int) -> torch.Tensor:
     """The rows of a step for process `rank` of `world`, shape (grad_accum, B, T + 1, 1 + orders).
 
-    classic: windows anywhere. modern: epochs, so nothing is read twice before everything is read once. The
-    draw depends only on the seed and the step: a resumed run sees what an uninterrupted one would have seen.
+    classic: windows anywhere. modern: epochs: while rows do not grow, nothing is read twice before
+    everything is read once. The draw depends only on seed and step: a resumed run draws the same.
     """
     size = row_length(config, step)  # T
     rows = config.batch_size * (config.block_size // size)  # shorter rows, but more of them
@@ -436,14 +440,14 @@ def draw_batch(data, config: Config, step: int, rank: int, world: int) -> torch.
         starts = torch.randint(len(data) - size, (count,), generator=generator)
         starts = starts[rank::world]  # this process's share
     else:
-        per_epoch = max(1, len(data) // size)  # rows
-        numbers = torch.arange(step * count + rank, (step + 1) * count, world)  # rows of the whole run
+        per_epoch = len(data) // size  # rows
+        numbers = torch.arange(step * count + rank, (step + 1) * count, world)  # of all the run's rows
         first = step * count // per_epoch  # the epoch of the step's first row
         last = ((step + 1) * count - 1) // per_epoch  # and of its last: a step may span two
         epochs = [shuffled_windows(len(data), size, hash((config.seed, epoch)))
                   for epoch in range(first, last + 1)]
         starts = torch.cat(epochs)[numbers - first * per_epoch]
-    places = starts[:, None] + torch.arange(size + 1)  # (grad_accum * rows, T + 1)
+    places = starts[:, None] + torch.arange(size + 1)  # (grad_accum * rows, T + 1): inputs and targets
     read = read_at(data, places % len(data))  # after the end comes the beginning
     return read.view(config.grad_accum, rows, size + 1, -1)
 
@@ -454,7 +458,7 @@ def rotate(x, rope):
 
     The dot product of a query and a key then depends on the distance between them. x: (..., T, hs).
     """
-    cos, sin = rope.to(x.dtype)  # (T, hs) each
+    cos, sin = rope.to(x.dtype)  # (T, hs) each; the first half of sin is negated
     a, b = x.chunk(2, dim=-1)  # the pairs: one number from each half
     return x * cos + torch.cat((b, a), dim=-1) * sin  # a cos - b sin, b cos + a sin
 
@@ -471,14 +475,14 @@ class MultiHeadAttention(nn.Module):
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
         self.proj = nn.Linear(C, C, bias=not self.modern)  # mixes the heads
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)  # nn.Dropout, but faster on a CPU
         if self.modern:  # QK-norm (Henry et al., arXiv:2010.04245) keeps the scores within bounds
             self.qk_norm = nn.LayerNorm(C // config.n_head, bias=False)
 
     def forward(self, x, mask, rope=None, cache=None):
-        """Mix into each position what came before it. x: (B, T, C); mask: (T, S), 0 or -inf."""
-        B, T, C = x.shape
-        heads = B, T, self.n_head, C // self.n_head
+        """Mix into each position what came before it. x: (B, T, C); mask: (T, S), 0 or -inf; S: T and the cached."""
+        B, T, C = x.shape  # rows, positions, width
+        heads = B, T, self.n_head, C // self.n_head  # nh heads of size hs
         q = self.query(x).view(heads).transpose(1, 2)  # what a position looks for, (B, nh, T, hs)
         k = self.key(x).view(heads).transpose(1, 2)  # what it can be found by
         v = self.value(x).view(heads).transpose(1, 2)  # what it has to say
@@ -494,7 +498,7 @@ class MultiHeadAttention(nn.Module):
         q = q * q.size(-1) ** -0.5  # or scores grow with the size of a head
         scores = q @ k.transpose(-2, -1)  # (B, nh, T, S)
         scores = scores + mask.to(scores.dtype)  # -inf hides the future
-        weights = self.dropout(scores.softmax(dim=-1))  # each row sums to 1
+        weights = self.dropout(scores.softmax(dim=-1))  # each row sums to 1, before dropout
         out = weights @ v  # (B, nh, T, hs)
         out = out.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.dropout(self.proj(out))
@@ -508,8 +512,8 @@ class FeedForward(nn.Module):
         self.modern = config.recipe == "modern"
         C = config.n_embd
         hidden = 4 * C
-        if self.modern:  # three matrices at two thirds of the width: as many parameters as two
-            hidden = 32 * max(1, round(C * 8 / 3 / 32))
+        if self.modern:  # three matrices of two thirds the size have as many parameters as two
+            hidden = 32 * max(1, round(C * 8 / 3 / 32))  # a multiple of 32
             self.gate = nn.Linear(C, hidden, bias=False)
         self.up = nn.Linear(C, hidden, bias=not self.modern)
         self.down = nn.Linear(hidden, C, bias=not self.modern)
@@ -529,7 +533,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        # Without a bias it is RMSNorm (arXiv:1910.07467) of a centred x, and faster on a CPU.
+        # LayerNorm without a bias is RMSNorm (arXiv:1910.07467) of a centred x, but faster on a CPU.
         bias = config.recipe == "classic"
         self.norm1 = nn.LayerNorm(config.n_embd, bias=bias)
         self.norm2 = nn.LayerNorm(config.n_embd, bias=bias)
@@ -597,7 +601,7 @@ class GPTLanguageModel(nn.Module):
         self.norm = nn.LayerNorm(C, bias=not self.modern)  # before the head
         self.lm_head = nn.Linear(C, vocab_size, bias=not self.modern)
         future = torch.full((T, T), -math.inf).triu(1)  # 0 up to each position, -inf after it
-        self.register_buffer("mask", future, persistent=False)
+        self.register_buffer("mask", future, persistent=False)  # not saved with the weights
         if self.modern:
             head_size = C // config.n_head  # hs
             speed = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)  # radians per position
@@ -607,7 +611,7 @@ class GPTLanguageModel(nn.Module):
             self.register_buffer("rope", rope, persistent=False)
         else:
             self.position_embedding = nn.Embedding(T, C)
-        self.apply(self.init_weights)
+        self.apply(self.init_weights)  # to each module, a block after its parts
         for matrix in self.recall:  # training adds as much of recall as helps
             nn.init.zeros_(matrix.weight)
 
@@ -645,16 +649,16 @@ class GPTLanguageModel(nn.Module):
 
 
 # --------------------------------------------------------------------------- optimizer and schedule
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Push all singular values of each matrix (n, rows, cols) towards 1: Newton-Schulz steps instead of an SVD.
 
     Coefficients of Keller Jordan, https://kellerjordan.github.io/posts/muon/.
     """
     if matrices.size(1) > matrices.size(2):  # take the smaller of the two Gram matrices
-        return orthogonalize(matrices.mT, steps).mT
+        return orthogonalize(matrices.mT).mT
     norms = matrices.norm(dim=(1, 2), keepdim=True)
     x = matrices / norms.clamp(min=1e-7)  # now no singular value is above 1
-    for _ in range(steps):
+    for _ in range(5):
         a = x @ x.mT  # (n, rows, rows)
         a = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a a
         x = torch.baddbmm(x, a, x, beta=3.4445)  # 3.4445 x + a x
@@ -668,15 +672,15 @@ class Muon(torch.optim.Optimizer):
     for Muon and AdamW), but all matrices of a group have the same shape and share one batched product.
     """
 
-    def __init__(self, groups, lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+    def __init__(self, groups, lr: float, weight_decay: float):
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
         """One step for all parameters."""
         for group in self.param_groups:
             params = group["params"]  # matrices of the same shape
-            lr, beta = group["lr"], group["momentum"]
+            lr, beta = group["lr"], 0.95
             grad = torch.stack([p.grad for p in params])  # (n, rows, cols)
             momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad))
             momentum.lerp_(grad, 1 - beta)  # a running mean of the gradients
@@ -717,19 +721,19 @@ def learning_rate(config: Config, step: int) -> float:
 # --------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def token_losses(model, data, config: Config, context: int) -> torch.Tensor:
-    """Nats for each token but the first, each predicted exactly once: shape (N - 1,). Nothing is random.
+    """Nats for each token but the first, each predicted exactly once: at most (N - 1,). Nothing is random.
 
     Each window begins in the middle of the previous one, and only its new half counts: after the first
     window, every token is predicted from at least half a context, as in generation.
     """
     model.eval()
     device = next(model.parameters()).device
-    step = max(1, context // 2)
+    stride = max(1, context // 2)  # from a window to the next
     rows = config.batch_size * (config.block_size // context)  # as many tokens as in training,
-    most = 2**24 // (context * model.lm_head.out_features)  # or 64 MB of logits
+    most = 2**24 // (context * model.lm_head.out_features)  # but at most 64 MB of logits
     rows = min(rows, max(1, most))
-    last = len(data) - 1 - context + step
-    starts = torch.arange(0, max(1, last), step)
+    stop = len(data) - 1 - context + stride  # so the last window reaches the last token
+    starts = torch.arange(0, max(1, stop), stride)
     losses = []
     for start in starts.split(rows)[:config.eval_iters or None]:  # (B,)
         places = start[:, None] + torch.arange(context + 1)  # (B, T + 1)
@@ -743,7 +747,7 @@ def token_losses(model, data, config: Config, context: int) -> torch.Tensor:
         logits = logits.flatten(0, 1).float()  # (B * T, vocab_size)
         nats = F.cross_entropy(logits, targets, reduction="none")  # (B * T,)
         new = places[:, 1:] < len(data)  # within the text,
-        new[start > 0, :context - step] = False  # and not in the previous window
+        new[start > 0, :context - stride] = False  # and not in the previous window
         losses.append(nats.cpu()[new.flatten()])
     return torch.cat(losses).double()
 
@@ -767,7 +771,7 @@ def draw_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         return logits.argmax(dim=-1)  # the likeliest
     scores = logits.float() / temperature
     scores, order = scores.sort(dim=-1, descending=True)  # the likeliest first
-    probs = scores[:, :top_k or None].softmax(dim=-1)  # (B, k)
+    probs = scores[:, :top_k or None].softmax(dim=-1)  # (B, k), or all of them
     if probs.isnan().any():
         raise Stop(NAN, 1)
     if top_p < 1:  # nucleus sampling (Holtzman et al., arXiv:1904.09751)
@@ -788,14 +792,14 @@ def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_
     model.eval()
     memories = [Memory(model.orders, model.lm_head.out_features, end) for _ in idx]
     rows = [[] for _ in idx]  # for each row its tokens, with what each recalls
-    new = idx  # (B, T)
+    new = idx  # tokens not read yet: the prompt, then one a row, (B, T)
     cache, past = {}, 0  # past: how many positions the cache holds
     for _ in range(max_new_tokens):
         for row, memory, tokens in zip(rows, memories, new.tolist()):
             row.extend([token, *memory.add(token)] for token in tokens)
         T = new.size(1)
         if past + T > context:  # full
-            T = max(1, context // 2) if past else context
+            T = max(1, context // 2) if past else context  # of a long prompt, all that fits
             cache, past = {}, 0
         read = torch.tensor([row[-T:] for row in rows], device=idx.device)  # (B, T, 1 + orders)
         idx = read[..., 0]  # (B, T)
@@ -810,7 +814,7 @@ def generate(model, idx, max_new_tokens, context, temperature=1.0, top_k=0, top_
 def sample_text(model, tokenizer, config: Config, context: int, number=0, length=None, prompt=None):
     """Yield a text piece by piece, the prompt first. The same seed and number give the same text."""
     device = next(model.parameters()).device
-    seed = hash((config.seed, -1, number))
+    seed = hash((config.seed, -1, number))  # -1: no training step draws the same numbers
     generator = torch.Generator(device).manual_seed(seed)
     prompt = config.prompt if prompt is None else prompt
     idx = tokenizer.encode(prompt or tokenizer.start)
@@ -833,7 +837,7 @@ def take_step(network, optimizers, scaler, rows, config: Config, step: int) -> t
     torch.manual_seed(hash((config.seed, step, RANK)))  # for dropout, so no RNG state must be saved
     network.train()  # dropout on
     amp = mixed_precision(config.dtype, rows.device)
-    total = 0  # sum of the losses
+    total = 0  # adds up to the mean loss
     for batch in rows:
         idx = batch[:, :-1, 0]  # (B, T)
         targets = batch[:, 1:, 0]  # what comes next
@@ -848,7 +852,7 @@ def take_step(network, optimizers, scaler, rows, config: Config, step: int) -> t
             group["lr"] = learning_rate(config, step)
     norm = nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or math.inf)
     for optimizer in optimizers:
-        if norm.isfinite() or not scaler.is_enabled():  # an overflow in float16 skips the step
+        if not scaler.is_enabled() or norm.isfinite():  # an overflow in float16 skips the step
             with amp:  # Muon's matrix products, too
                 scaler.step(optimizer)
         optimizer.zero_grad()
@@ -858,28 +862,28 @@ def take_step(network, optimizers, scaler, rows, config: Config, step: int) -> t
 
 def train(config: Config, model, tokenizer, train_data, val_data, facts: dict,
           saved: dict | None) -> list[dict]:
-    """Train to max_iters, or until `patience` evaluations bring no improvement. Returns a record for each one."""
+    """Train to max_iters, or until `patience` evaluations bring no improvement. Returns all evaluations' records."""
     device = next(model.parameters()).device
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     if config.compile:
         network = torch.compile(network, dynamic=False)
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=facts["dtype"] == "float16")
-    history, start, seconds = [], 0, 0.0  # training time only
+    history, start, seconds = [], 0, 0.0  # seconds: of the steps alone
     if saved:  # continue from the last evaluation
         history = saved["history"]
         start, seconds = history[-1]["iter"], history[-1]["seconds"]
         scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
-    context, losses, told = config.block_size, [], seconds
+    context, losses, told = config.block_size, [], seconds  # told: seconds at the last report
     hidden = None if RANK == 0 and sys.stderr else True  # None: hidden unless on a terminal
     bar = tqdm(total=config.max_iters, initial=start, unit="step", leave=False, disable=hidden)
     for step in range(start, config.max_iters + 1):
 
         # Once in a while: evaluate, keep the best model and a checkpoint to continue from.
         due = step % config.eval_interval == 0 or step == config.max_iters
-        if due and not (saved and step == start):
+        if due and not (saved and step == start):  # a resumed run has evaluated that step
             val_loss, val_bpc = map(average, evaluate(model, val_data, tokenizer, config, context))
             train_loss = average(torch.stack(losses).mean().item()) if losses else val_loss
             best = all(val_loss < record["val_loss"] for record in history)
@@ -889,7 +893,7 @@ def train(config: Config, model, tokenizer, train_data, val_data, facts: dict,
             state = make_checkpoint(config, tokenizer, model, optimizers, scaler, history, context)
             save(best, state, facts)
             pace = (seconds - told) / max(1, len(losses))  # seconds per step
-            left = (config.max_iters - step) * pace / 60
+            left = (config.max_iters - step) * pace / 60  # minutes, without evaluations
             report = f"step {step:>5}  train {train_loss:.3f}  val {val_loss:.3f} nats/token = {val_bpc:.3f} bits/char"
             report += "  best" * best
             report += f"  {left:.1f} minutes left" * (left > 0)
@@ -1077,7 +1081,9 @@ def converse(write):
             for piece in write(as_text(input("> ")), number):
                 print(piece, end="", flush=True)
             print()
-        except (Stop, UnicodeError) as e:  # such as a character that the model does not know
+        except Stop as e:  # such as a character that the model does not know
+            print(e.args[0])
+        except UnicodeError as e:
             print(e)
         except EOFError:  # Ctrl-D
             print()
@@ -1143,7 +1149,7 @@ def inherit(given: dict, checkpoint: dict | None) -> dict:
     for name in SHAPE:
         asked = given.get(name, old[name])
         if asked != old[name]:
-            raise Stop(f"--{name} {asked} contradicts the checkpoint's {old[name]}: leave it out, or retrain")
+            raise Stop(f"--{name} {asked} contradicts the checkpoint's {old[name]!r}: leave it out, or retrain")
     names = set(SHAPE)  # a new run from old weights
     if given.get("resume"):
         asked = given.get("max_iters", math.inf)
@@ -1371,7 +1377,7 @@ def read_corpus(path: str) -> str:
 FORMAT_VERSION = 4
 NAN = "the loss turned NaN: lower --learning_rate"
 DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError,
-           pickle.UnpicklingError, zipfile.BadZipFile)  # what a file of another kind may raise
+           AssertionError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile)  # what a bad file may raise
 
 
 def make_checkpoint(config: Config, tokenizer, model, optimizers, scaler, history: list, context: int) -> dict:
@@ -1414,9 +1420,9 @@ def check_checkpoint(saved: dict):
     with torch.device("meta"):  # shapes without memory
         model = GPTLanguageModel(config, tokenizer.vocab_size)
     optimizers = make_optimizers(model, config)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
         if state:  # there is none before the first step
             optimizer.step()
     scaler = torch.amp.GradScaler("cpu", enabled=bool(saved["scaler"]))
@@ -1489,7 +1495,7 @@ def is_run(folder: Path) -> bool:
     """Does the folder belong to a run? Its config.json says so."""
     try:
         return {"options", "corpus_sha256"} <= json.loads((folder / "config.json").read_bytes()).keys()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -1503,7 +1509,7 @@ def check_targets(config: Config):
         path = Path(getattr(config, name)).resolve()
         if name == "run_dir":
             reason = "it is not a run's folder, or it contains the text or the current folder"
-            parts = [part.name for part in path.rglob("*")]
+            parts = (part.name for part in path.rglob("*"))  # a whole disk is not walked through
             ours = is_run(path) or all(re.match(r"output$|sample\.txt|.*\.tmp$", part) for part in parts)
             bad = path.exists() and not (path.is_dir() and ours)
             bad |= text.is_relative_to(path) or Path.cwd().is_relative_to(path)
@@ -1696,6 +1702,8 @@ def run(given: dict) -> dict:
     if not config.interactive:
         check_targets(config)  # before anything is written
     if config.sample_only:
+        if RANK > 0:
+            return best_of(saved["history"])
         model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
         model.load_state_dict(saved["model"])
         if config.interactive:
@@ -1726,16 +1734,16 @@ def train_and_sample(config: Config, tokenizer, train_data, val_data, facts: dic
     passes = config.max_iters * facts["tokens_per_step"] / len(train_data)
     say(f"{config.max_iters} steps of {facts['tokens_per_step']:,} tokens, {passes:.1f} passes over the text")
     if config.resume and config.max_iters > saved["config"]["max_iters"]:
-        say(f"note: the learning rate is planned anew for {config.max_iters} steps")
+        say(f"note: the learning rate and the row length are planned anew for {config.max_iters} steps")
     keep_memory()
     torch.manual_seed(config.seed)
     model = GPTLanguageModel(config, tokenizer.vocab_size).to(device)
     if saved:
         model.load_state_dict(saved["model"])
     history = train(config, model, tokenizer, train_data, val_data, facts, saved if config.resume else None)
-    best = load_checkpoint(f"{config.run_dir}/model_best.pt") if RANK == 0 else saved
     if RANK > 0:
         return write_report(config.run_dir, history, facts)
+    best = load_checkpoint(f"{config.run_dir}/model_best.pt")
     model.load_state_dict(best["model"])
     write_samples(model, tokenizer, config, best["context"])
     repeats = by_repetition(model, val_data, tokenizer, config, best["context"])
@@ -1755,7 +1763,7 @@ def main(argv=None) -> dict:
             argv = [] if IN_NOTEBOOK else sys.argv[1:]
         return run(parse_args(argv))
     except FAILURES as e:
-        failure, message, status = e, str(e), 1
+        failure, status = e, 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1766,7 +1774,7 @@ def main(argv=None) -> dict:
     elif isinstance(failure, OSError):
         message = f"{failure.filename or 'writing'}: {failure.strerror}"
     else:
-        message = "allocate" if isinstance(failure, MemoryError) else message.lower()
+        message = "allocate" if isinstance(failure, MemoryError) else str(failure).lower()
         message = next((line for sign, line in KNOWN.items() if sign in message), None)
         if not message:
             raise failure

@@ -1173,7 +1173,7 @@ def test_a_longer_run_is_planned_anew_with_a_note(stage, run, capsys):
     metrics = stage.main(argv(resume=True, run_dir=run, max_iters=8))
     out = capsys.readouterr().out
     assert metrics["iters"] == 8 and [line["iter"] for line in history(run)] == [0, 5, 8]
-    assert "note: the learning rate is planned anew for 8 steps" in out
+    assert "note: the learning rate and the row length are planned anew for 8 steps" in out
     stage.main(argv(resume=True, run_dir=run))
     assert "planned anew" not in capsys.readouterr().out
 
@@ -1831,6 +1831,49 @@ def packed(path, target, zeros=None):
             with new.open(name, "w") as file:
                 size = (zeros or {}).get(name.partition("/")[2])
                 file.writelines([bytes(2**20)] * size if size else [old.read(name)])
+
+
+@pytest.mark.parametrize("pickled", [b"\x80\x02X\x01", b"\x80\x02NQ."], ids=["cut off", "no storage"])
+def test_a_whole_archive_of_a_broken_pickle_is_refused(stage, run, capsys, pickled):
+    """torch's unpickler raises struct.error and AssertionError for these."""
+    with zipfile.ZipFile(run / "model_best.pt") as old, zipfile.ZipFile("broken.pt", "w") as new:
+        for part in old.infolist():
+            file = zipfile.ZipInfo(part.filename)
+            file.external_attr = 0  # as in torch's own archives
+            new.writestr(file, pickled if part.filename.endswith("/data.pkl") else old.read(part))
+            new.infolist()[-1].external_attr = 0
+    error = refused(stage, capsys, argv(sample_only=True, save_path="broken.pt"))
+    assert "broken.pt" in error and "it is damaged" in error
+
+
+def test_a_folder_whose_config_cannot_be_parsed_is_no_run(stage, capsys):
+    Path("run").mkdir()
+    Path("run/config.json").write_bytes(b"[" * 10**5)
+    assert "--run_dir" in refused(stage, capsys, tiny(stage))
+
+
+def test_only_the_first_process_writes_samples(stage, run, capsys, monkeypatch):
+    before = tree()
+    monkeypatch.setattr(stage, "RANK", 1)
+    assert stage.main(argv(sample_only=True, run_dir="run"))["iter"] > 0
+    assert tree() == before and capsys.readouterr().out == ""
+
+
+def test_what_goes_wrong_in_a_conversation_is_one_line(stage, capsys, monkeypatch):
+    typed = iter(["Noc", "Dzień"])
+
+    def read(prompt):
+        with contextlib.suppress(StopIteration):
+            return next(typed)
+        raise EOFError
+
+    def write(prompt, number):
+        yield prompt
+        raise stage.Stop(stage.NAN, 1)
+
+    monkeypatch.setattr("builtins.input", read)
+    stage.converse(write)
+    assert capsys.readouterr().out.splitlines()[1:] == [f"Noc{stage.NAN}", f"Dzień{stage.NAN}", ""]
 
 
 @pytest.mark.parametrize("way", ["sample_only", "resume", "load_url"])

@@ -128,7 +128,8 @@ FINE_TUNING_OWN = {  # what stages 1 and 2 have in these, and what stage 3 has; 
         versions = {name: version(name) for name in packages}
         if any(folder.glob(f"checkpoint-*/{CHECKSUMS}")):
             e.add_note("the last good checkpoint is kept")
-        e.add_note(f"continue with: python {SCRIPT} --resume --output_dir {config.output_dir!r}")"""),
+        if is_run(folder):
+            e.add_note(f"continue with: python {SCRIPT} --resume --output_dir {config.output_dir!r}")"""),
 }
 OWN = {  # lines that one of two has alone, while the rest of the definition is the same: pair -> name -> reason, lines of each
     TWINS: {
