@@ -36,6 +36,7 @@ import textwrap
 import time
 import unicodedata
 import urllib.request
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
@@ -353,8 +354,9 @@ def recall(ids: torch.Tensor, n: int, none: int, end: int = -1) -> torch.Tensor:
     Songs repeat: if you have heard a refrain once, its first line tells you the second. Large models learn
     to look this up by themselves (induction heads: Olsson et al., arXiv:2209.11895). A small model does not
     learn it from a single text, so it gets it as an input. Example: at the last "a" of "tra la la", with
-    n = 2, the result is the space, because that is what followed the first "la". none: the
-    number that stands for nothing; end: the token that ends a song. Shape in and out: (N,).
+    n = 2, the result is the space, because that is what followed the first "la".
+
+    none: the number that stands for nothing; end: the token that ends a song. Shape in and out: (N,).
     """
     found = torch.full_like(ids, none)
     for begin in range(0, len(ids), 2**20):  # in parts, to save memory
@@ -1455,7 +1457,8 @@ def load_checkpoint(path: str) -> dict:
         if packed or too_large or archive.testzip():  # torch.load does not notice damaged numbers
             raise ValueError
         file.seek(0)
-        saved = torch.load(file, map_location="cpu", weights_only=True)  # so that it cannot run code
+        with warnings.catch_warnings(action="ignore"):  # of what a damaged file says of itself
+            saved = torch.load(file, map_location="cpu", weights_only=True)  # so that it cannot run code
         check_checkpoint(saved)
         return saved
     except (OSError, HTTPException) as e:  # no file, no such address

@@ -15,6 +15,7 @@ import resource
 import shutil
 import sys
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -205,9 +206,22 @@ def mutated_bytes(data, raw):
                                       b"version https://git-lfs.github.com/spec/v1\nsize 7\n", b"<!DOCTYPE html>"]))
 
 
+def mutated_pickle(data, raw):
+    """A checkpoint with other bytes in its pickle; the archive around it is whole, its checksums are right."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            part = old.read(name)
+            new.writestr(zipfile.ZipInfo(name), mutated_bytes(data, part) if name.endswith("/data.pkl") else part)
+            new.infolist()[-1].external_attr = 0  # as in torch's own archives
+    return file.getvalue()
+
+
 def mutated(data, path):
     """The bytes of a file, changed as a tree or as bytes."""
     raw = path.read_bytes()
+    if path.suffix == ".pt" and data.draw(st.booleans(), label="in its pickle"):
+        return mutated_pickle(data, raw)
     if path.suffix == ".safetensors" or data.draw(st.integers(0, 3), label="as bytes if 0") == 0:
         return mutated_bytes(data, raw)
     if path.suffix == ".json":

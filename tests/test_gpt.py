@@ -1833,7 +1833,9 @@ def packed(path, target, zeros=None):
                 file.writelines([bytes(2**20)] * size if size else [old.read(name)])
 
 
-@pytest.mark.parametrize("pickled", [b"\x80\x02X\x01", b"\x80\x02NQ."], ids=["cut off", "no storage"])
+@pytest.mark.filterwarnings("error")  # a warning would be a second line
+@pytest.mark.parametrize("pickled", [b"\x80\x02X\x01", b"\x80\x02NQ.", b"\x80\xa1X\x01"],
+                         ids=["cut off", "no storage", "another protocol"])
 def test_a_whole_archive_of_a_broken_pickle_is_refused(stage, run, capsys, pickled):
     """torch's unpickler raises struct.error and AssertionError for these."""
     with zipfile.ZipFile(run / "model_best.pt") as old, zipfile.ZipFile("broken.pt", "w") as new:
