@@ -1239,7 +1239,7 @@ def tiktoken_tokenizer(name: str) -> Tokenizer:
         pairs = [(a, b) for a, b in halves if a in vocab and b in vocab]
         merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
     core = byte_level(models.BPE(vocab, merges, ignore_merges=True))
-    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # there, {1,3}+ matches any number
+    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # the library reads {1,3}+ as any number
     core.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
