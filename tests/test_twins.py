@@ -54,7 +54,6 @@ FINE_TUNING = OTHER_SCRIPT | {  # stage 3 trains a model that has read before, t
     "make_config": "stage 3 has no sizes and recipes: it counts the steps of its epochs",
     "check_targets": "stage 3 writes in one folder, and must spare the model's",
     "write_report": "a record an epoch, and the one before training to compare with",
-    "plot_losses": "over epochs; the figure of the best one is in the report",
     "write_samples": "stage 3 writes before and after training, and measures what was copied",
     "FAILURES": "safetensors has an error of its own",
     "MEMORY": "the option is named like the Trainer's; the width is given",
@@ -107,6 +106,16 @@ FINE_TUNING_OWN = {  # what stages 1 and 2 have in these, and what stage 3 has; 
         raise Stop(f"--{min(idle)} has no effect with --sample_only: leave one of them out")
     if "revision" in given and os.path.isdir(given.get("model_name", "")):
         raise Stop("--revision needs a --model_name on the Hub, not a folder: leave it out")"""),
+    "plot_losses": ("over epochs; the best one is not marked", """\
+    axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
+    steps = [record["iter"] for record in history]
+        axes.plot(steps, losses, color=color, marker=".", label=label)
+    best = best_of(history)
+    label = f"best: {best['val_loss']:.3f} = {best['val_bpc']:.3f} bits per character"
+    axes.plot(best["iter"], best["val_loss"], "o", color="#D55E00", fillstyle="none", markersize=12, label=label)""", """\
+    axes = figure.add_subplot(xlabel="epoch", ylabel="loss, nats per token")
+    epochs = [record["epoch"] for record in history]
+        axes.plot(epochs, losses, color=color, marker=".", label=label)"""),
     "run_folder": ("other names of folders; the best checkpoint is in the run's own", """\
     folder = Path(config.run_dir).resolve()
     best = Path(config.save_path).resolve()
